@@ -1,0 +1,1 @@
+# Installed with the release of the library; see below.

@@ -1,0 +1,52 @@
+// File descriptors that close themselves, and files that are written whole or not at all.
+// Errors: Error for the system's (names path, action and reason); callers turn a user's wrong path
+// into ConfigError.
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace lockstep {
+
+class UniqueFd {
+ public:
+  UniqueFd() = default;
+  explicit UniqueFd(int fd) : fd_(fd) {}
+  UniqueFd(UniqueFd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  UniqueFd& operator=(UniqueFd&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~UniqueFd();
+  int get() const { return fd_; }
+  int release() { return std::exchange(fd_, -1); }
+  explicit operator bool() const { return fd_ >= 0; }
+
+ private:
+  int fd_ = -1;
+};
+
+// The whole file. Throws Error("cannot read PATH: No such file or directory").
+std::vector<std::byte> read_file(const std::filesystem::path& path);
+std::string read_text_file(const std::filesystem::path& path);
+
+// Writes to a temporary file beside PATH, syncs it, renames it over PATH and syncs the folder: PATH
+// holds the old or the new content, never part of one. On failure removes the temporary file and
+// throws Error("cannot write PATH: …").
+void write_file_atomically(const std::filesystem::path& path,
+                           std::span<const std::span<const std::byte>> pieces);
+void write_file_atomically(const std::filesystem::path& path, std::string_view text);
+
+// Writes all bytes to a descriptor, going on after EINTR and short writes. Returns 0 or the errno.
+int write_all(int fd, std::span<const std::byte> bytes);
+
+inline std::span<const std::byte> as_byte_span(std::string_view text) {
+  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
+}
+
+}  // namespace lockstep

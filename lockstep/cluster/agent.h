@@ -1,0 +1,61 @@
+// The agent: starts the workers of this node, watches them through the kernel (pidfd), carries
+// their output and events, ends all of them when one dies or a signal comes, and leaves nothing
+// behind. Links no torch. One a process, single thread: run_agent() blocks until every worker is
+// gone; callbacks come from inside it.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lockstep/base/deadline.h"
+#include "lockstep/cluster/environment.h"
+
+namespace lockstep {
+
+class Segment;
+
+struct AgentOptions {
+  int workers = 1;
+  std::vector<std::string>
+      command;              // program and arguments, the same for every worker; found through PATH
+  Environment environment;  // set over the agent's own
+  std::optional<int> threads;  // OMP_NUM_THREADS; none: 1 when unset and workers > 1
+  std::string master_addr = "127.0.0.1";
+  int master_port = 29500;                          // only told to the workers, never bound
+  std::shared_ptr<Segment> segment;                 // made by the caller, for `workers` ranks
+  Clock::duration grace = std::chrono::seconds(5);  // from SIGTERM to SIGKILL when ending
+
+  std::function<void(int rank, const nlohmann::json& event)> on_event;
+  // A line of a worker's output, without its end. error: it came from standard error.
+  std::function<void(int rank, bool error, std::string_view line)> on_line;
+  std::function<void()> on_tick;  // about ten times a second
+};
+
+struct WorkerFailure {
+  int rank = -1;
+  int pid = 0;
+  std::string cause;  // "killed by signal 9 (SIGKILL)", "exited with code 3", "could not start: …"
+  std::vector<std::string> last_words;  // the last lines of its standard error
+};
+
+struct AgentResult {
+  bool ok = false;                       // every worker exited with 0
+  std::optional<WorkerFailure> failure;  // the first that failed
+  int signal = 0;                        // the signal that ended the job from outside, or 0
+};
+
+// on_event, on_line and on_tick may throw: the workers are ended, then the exception leaves
+// run_agent().
+AgentResult run_agent(const AgentOptions& options);
+
+// "rank 1 (pid 4711): killed by signal 9 (SIGKILL)" followed by the last words, each on a line of
+// its own.
+std::string describe(const WorkerFailure& failure);
+
+}  // namespace lockstep

@@ -1,0 +1,69 @@
+// Events: what a worker tells its agent, framed JSON over a pipe. A frame is a 4-byte little-endian
+// length and that many bytes of JSON object with a string member "event". The agent treats every
+// byte as untrusted.
+//
+// The events and their members (all times in seconds, all sizes in bytes):
+//   ready        rank, train_samples, test_samples, parameters, steps_per_epoch, epochs
+//   first_step   rank, clock               (CLOCK_MONOTONIC when the first step was committed)
+//   step         epoch, step, steps_per_epoch, loss, grad_norm, lr, samples (since start), clock
+//   (rank 0, at most 10 a s) epoch        epoch, step, train_loss, test_loss?, test_accuracy?,
+//   grad_norm, lr, samples, seconds, eval_seconds message      text                      (a line
+//   for the person; printed as it is) snapshot     epoch, sequence, sequence_offset, tensors:
+//   [{name, dtype, shape, offset, nbytes}]   (offsets in the segment) solution     values: {...}
+//   (what a recipe found out, for the report; linear regression's distance …) predictions  block,
+//   text               (CSV lines of one block of rows; blocks count from 0 over all workers) rank
+//   rank, seconds: {data, forward, backward, communication, waiting, optimizer, evaluation, other},
+//   total_s,
+//                cpu_s, peak_memory_bytes
+//   finished     reason, epochs, steps
+//   error        rank, kind: "config" | "run" | "comm", message
+// Members marked ? may be missing.
+#pragma once
+
+#include <cstddef>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <vector>
+
+#include "lockstep/base/file.h"
+
+namespace lockstep {
+
+inline constexpr std::size_t kMaxEventBytes = std::size_t{16} << 20;
+
+// Where a worker's events go. Not thread-safe: one thread emits.
+class EventSink {
+ public:
+  virtual ~EventSink() = default;
+  virtual void emit(const nlohmann::json& event) = 0;
+};
+
+// To the agent. A closed pipe (the agent is gone) throws Error.
+class PipeEventSink : public EventSink {
+ public:
+  explicit PipeEventSink(UniqueFd fd) : fd_(std::move(fd)) {}
+  void emit(const nlohmann::json& event) override;
+
+ private:
+  UniqueFd fd_;
+};
+
+class NullEventSink : public EventSink {
+ public:
+  void emit(const nlohmann::json&) override {}
+};
+
+// Splits a byte stream into events. feed() throws Error on a frame that is too long, is not JSON,
+// or is not an object with a string "event"; the stream is unusable from then on.
+class EventReader {
+ public:
+  EventReader();
+  ~EventReader();
+  std::vector<nlohmann::json> feed(std::span<const std::byte> bytes);
+  bool in_the_middle() const;  // a frame has begun and not ended
+
+ private:
+  std::vector<std::byte> buffer_;
+};
+
+}  // namespace lockstep
