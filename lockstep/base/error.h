@@ -1,9 +1,10 @@
 // The kinds of failure a caller can meet, and CHECK for our own bugs.
 //
-// ConfigError: the user's input is wrong; one line that says what, where, and a hint. Exit code 2.
-// CommError:   a collective or its group failed: a peer died, was late, disagreed, or the job was
-// aborted. Exit code 1. Error:       the run itself failed (disk full, non-finite loss, a worker
-// died). Exit code 1. CHECK:       a broken invariant of our own: prints the place and aborts.
+// ConfigError  the user's input is wrong: one line that says what, where, and a hint. Exit code 2.
+// CommError    a collective or its group failed: a peer died, was late, disagreed, or the job was
+//              aborted. Exit code 1.
+// Error        the run itself failed (disk full, non-finite loss, a worker died). Exit code 1.
+// CHECK        a broken invariant of our own: prints the place and aborts.
 #pragma once
 
 #include <stdexcept>

@@ -1,0 +1,127 @@
+#include "lockstep/base/file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstdio>
+
+#include "lockstep/base/error.h"
+
+namespace lockstep {
+namespace {
+
+namespace fs = std::filesystem;
+
+Error cannot(const char* action, const fs::path& path, int error_number) {
+  return Error(std::string("cannot ") + action + " " + path.string() + ": " +
+               errno_text(error_number));
+}
+
+// Appends the descriptor's bytes to a container of one-byte elements. Grows as it reads: the size
+// that fstat tells is a hint (0 for /proc, stale for a growing file). Returns 0 or the errno.
+template <typename Container>
+int read_to_end(int fd, Container& out) {
+  struct stat status {};
+  if (::fstat(fd, &status) != 0) return errno;
+  if (S_ISDIR(status.st_mode)) return EISDIR;
+  std::size_t used = 0;
+  out.resize(static_cast<std::size_t>(status.st_size) + 1);  // one more, to see the end at once
+  for (;;) {
+    if (used == out.size()) out.resize(used < 4096 ? 8192 : 2 * used);
+    const ssize_t count = ::read(fd, out.data() + used, out.size() - used);
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) return errno;
+    if (count == 0) break;
+    used += static_cast<std::size_t>(count);
+  }
+  out.resize(used);
+  return 0;
+}
+
+template <typename Container>
+Container read_whole(const fs::path& path) {
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd) throw cannot("read", path, errno);
+  Container out;
+  if (const int error = read_to_end(fd.get(), out)) throw cannot("read", path, error);
+  return out;
+}
+
+// A temporary file that is removed unless it was renamed to its final place.
+class TemporaryFile {
+ public:
+  // Opens PATH.tmp-PID-N for the first free N: never touches a file that exists. Mode as the umask
+  // says, unlike mkstemp's 0600.
+  explicit TemporaryFile(const fs::path& target) {
+    for (int n = 0; n < 1000; ++n) {
+      name_ = target.string() + ".tmp-" + std::to_string(::getpid()) + "-" + std::to_string(n);
+      fd_ = UniqueFd(::open(name_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+      if (fd_ || errno != EEXIST) break;
+    }
+    if (!fd_) throw cannot("write", target, errno);
+  }
+  ~TemporaryFile() {
+    if (fd_) ::unlink(name_.c_str());
+  }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+
+  int fd() const { return fd_.get(); }
+  // Returns 0 or the errno.
+  int rename_to(const fs::path& target) {
+    if (::rename(name_.c_str(), target.c_str()) != 0) return errno;
+    fd_ = UniqueFd();
+    return 0;
+  }
+
+ private:
+  std::string name_;
+  UniqueFd fd_;
+};
+
+}  // namespace
+
+UniqueFd::~UniqueFd() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+std::vector<std::byte> read_file(const fs::path& path) {
+  return read_whole<std::vector<std::byte>>(path);
+}
+
+std::string read_text_file(const fs::path& path) { return read_whole<std::string>(path); }
+
+void write_file_atomically(const fs::path& path,
+                           std::span<const std::span<const std::byte>> pieces) {
+  TemporaryFile temporary(path);
+  for (const auto piece : pieces)
+    if (const int error = write_all(temporary.fd(), piece)) throw cannot("write", path, error);
+  if (::fsync(temporary.fd()) != 0) throw cannot("write", path, errno);
+  if (const int error = temporary.rename_to(path)) throw cannot("write", path, error);
+  // The rename itself is durable once the folder is.
+  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  UniqueFd folder_fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  // A folder that may be written but not read can't be synced; the file is whole all the same.
+  if (folder_fd && ::fsync(folder_fd.get()) != 0 && errno != EINVAL)
+    throw cannot("write", path, errno);
+}
+
+void write_file_atomically(const fs::path& path, std::string_view text) {
+  const std::array<std::span<const std::byte>, 1> pieces{as_byte_span(text)};
+  write_file_atomically(path, pieces);
+}
+
+int write_all(int fd, std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t count = ::write(fd, bytes.data(), bytes.size());
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) return errno;
+    bytes = bytes.subspan(static_cast<std::size_t>(count));
+  }
+  return 0;
+}
+
+}  // namespace lockstep

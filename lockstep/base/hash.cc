@@ -1,0 +1,85 @@
+#include "lockstep/base/hash.h"
+
+#include <fcntl.h>
+#include <openssl/evp.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <memory>
+#include <vector>
+
+#include "lockstep/base/error.h"
+#include "lockstep/base/file.h"
+
+namespace lockstep {
+namespace {
+
+class Sha256 {
+ public:
+  Sha256() { LOCKSTEP_CHECK(context_ && EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr)); }
+  void update(std::span<const std::byte> bytes) {
+    LOCKSTEP_CHECK(EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()));
+  }
+  std::string hex() {
+    unsigned char digest[EVP_MAX_MD_SIZE];
+    unsigned int length = 0;
+    LOCKSTEP_CHECK(EVP_DigestFinal_ex(context_.get(), digest, &length));
+    std::string text;
+    for (unsigned int i = 0; i < length; ++i) {
+      text += "0123456789abcdef"[digest[i] >> 4];
+      text += "0123456789abcdef"[digest[i] & 15];
+    }
+    return text;
+  }
+
+ private:
+  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_{EVP_MD_CTX_new(),
+                                                                   &EVP_MD_CTX_free};
+};
+
+constexpr std::array<std::uint32_t, 256> make_crc32c_table() {
+  std::array<std::uint32_t, 256> table{};
+  for (std::uint32_t i = 0; i < 256; ++i) {
+    std::uint32_t value = i;
+    for (int bit = 0; bit < 8; ++bit) value = (value >> 1) ^ ((value & 1) ? 0x82f63b78u : 0u);
+    table[i] = value;
+  }
+  return table;
+}
+
+}  // namespace
+
+std::string sha256_hex(std::span<const std::byte> bytes) {
+  Sha256 hash;
+  hash.update(bytes);
+  return hash.hex();
+}
+
+std::string sha256_hex_of_file(const std::string& path) {
+  const auto fail = [&](int error) -> Error {
+    return Error("cannot read " + path + ": " + errno_text(error));
+  };
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd) throw fail(errno);
+  Sha256 hash;
+  std::vector<std::byte> buffer(1 << 16);
+  for (;;) {
+    const ssize_t count = ::read(fd.get(), buffer.data(), buffer.size());
+    if (count == 0) return hash.hex();
+    if (count > 0) {
+      hash.update({buffer.data(), static_cast<std::size_t>(count)});
+    } else if (errno != EINTR) {
+      throw fail(errno);
+    }
+  }
+}
+
+std::uint32_t crc32c(std::span<const std::byte> bytes) {
+  static constexpr auto kTable = make_crc32c_table();
+  std::uint32_t crc = 0xffffffffu;
+  for (std::byte byte : bytes)
+    crc = kTable[(crc ^ std::to_integer<std::uint32_t>(byte)) & 0xff] ^ (crc >> 8);
+  return ~crc;
+}
+
+}  // namespace lockstep
