@@ -1,11 +1,12 @@
 // Optimizers' arithmetic on spans of fp32, torch-free: what torch::optim's SGD, Adam and AdamW
 // compute, in one pass over memory. The order of operations is fixed: the same inputs give the same
-// bits for any split of the span into slices. An Optimizer belongs to one thread.
+// bits for any split of the span into slices, any alignment and any instruction set. An Optimizer
+// belongs to one thread.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
-#include <string_view>
 #include <vector>
 
 namespace lockstep {
@@ -26,7 +27,8 @@ class Optimizer {
  public:
   Optimizer(const OptimizerOptions& options, std::size_t count);
   // weights -= update(gradient * gradient_scale) at learning rate lr. gradient_scale is where a
-  // summed gradient is divided by its weight and clipped. Both spans hold `count` elements.
+  // summed gradient is divided by its weight and clipped. Both spans hold `count` elements and do
+  // not overlap.
   void step(std::span<float> weights, std::span<const float> gradient, float gradient_scale,
             double lr);
   std::int64_t steps() const { return steps_; }
@@ -34,6 +36,7 @@ class Optimizer {
  private:
   OptimizerOptions options_;
   std::int64_t steps_ = 0;
+  std::size_t count_ = 0;
   std::vector<float> first_;   // momentum buffer, or Adam's first moment
   std::vector<float> second_;  // Adam's second moment
 };
@@ -46,10 +49,10 @@ double sum_of_squares(std::span<const float> values);
 struct Schedule {
   enum class Kind : std::uint8_t { constant, linear, cosine, step } kind = Kind::constant;
   double lr = 1e-3;
-  double min_lr = 0.0;
-  std::int64_t warmup_steps = 0;
-  std::int64_t total_steps = 1;  // cosine
-  std::int64_t step_size = 1;    // step: in steps
+  double min_lr = 0.0;            // cosine: the rate at total_steps and after
+  std::int64_t warmup_steps = 0;  // any kind: lr * (step + 1) / warmup_steps before its own course
+  std::int64_t total_steps = 1;   // cosine
+  std::int64_t step_size = 1;     // step: in steps
   double gamma = 0.1;
 };
 double learning_rate(const Schedule& schedule, std::int64_t step);
