@@ -19,6 +19,7 @@ struct ModelSettings {
   bool batch_norm = false;                       // cnn
   double dropout = 0.0;                          // cnn, mlp: before the last layer
   bool bias = true;
+  bool operator==(const ModelSettings&) const = default;
 };
 struct OptimizerSettings {
   std::string name =
@@ -29,6 +30,7 @@ struct OptimizerSettings {
   double beta2 = 0.999;
   double eps = 1e-8;
   double weight_decay = 0.0;
+  bool operator==(const OptimizerSettings&) const = default;
 };
 struct ScheduleSettings {
   std::string name = "constant";  // constant | linear (warm-up, then constant) | cosine | step
@@ -36,11 +38,13 @@ struct ScheduleSettings {
   double min_lr = 0.0;            // cosine
   std::int64_t step_epochs = 1;   // step: every so many epochs …
   double gamma = 0.1;             // … times this
+  bool operator==(const ScheduleSettings&) const = default;
 };
 struct LossSettings {
   std::string name = "cross_entropy";  // cross_entropy | mean_squared_error | huber | hinge
   bool one_hot = false;                // cross_entropy with one-hot targets
   double delta = 1.0;                  // huber
+  bool operator==(const LossSettings&) const = default;
 };
 struct DatasetSettings {
   std::string normalize = "standard";  // none | unit (bytes / 255) | standard (mean 0, deviation 1)
@@ -52,15 +56,17 @@ struct DatasetSettings {
   std::int64_t features = 10;              // linear-regression
   double noise = 0.1;                      // linear-regression
   std::uint64_t seed = 42;                 // linear-regression
+  bool operator==(const DatasetSettings&) const = default;
 };
 struct SplitSettings {
   double test = 0.0;  // fraction held out; 0: none (or the data's own test set)
   std::uint64_t seed = 42;
+  bool operator==(const SplitSettings&) const = default;
 };
 struct TrainSettings {
   std::int64_t epochs = 10;
   std::int64_t max_steps = 0;          // 0: no limit
-  std::int64_t batch_size = 64;        // a worker, at creation; resolved into global_batch_size
+  std::int64_t batch_size = 64;        // a worker, at creation; after resolution: 0
   std::int64_t global_batch_size = 0;  // after resolution: > 0
   std::int64_t virtual_ranks = 0;      // after resolution: > 0
   std::uint64_t seed = 1;
@@ -69,11 +75,13 @@ struct TrainSettings {
   double tolerance = 0.0;  // 0: off; stop when tolerance_of changes less from one epoch to the next
   std::string tolerance_of = "loss";  // loss | gradient_norm
   bool print_test_loss = false;       // "Epoch 1, Test Loss: …" lines
+  bool operator==(const TrainSettings&) const = default;
 };
 struct WorkerSettings {
   std::int64_t count = 1;
   std::int64_t threads = 1;  // intra-op, each
   double timeout_s = 300.0;  // of every collective
+  bool operator==(const WorkerSettings&) const = default;
 };
 
 struct Job {
@@ -88,6 +96,7 @@ struct Job {
   LossSettings loss;
   TrainSettings train;
   WorkerSettings workers;
+  bool operator==(const Job&) const = default;
 };
 
 // One setting that overrides the file, e.g. {"optimizer.lr", "1e-4", "--set"} or {"workers.count",
@@ -107,8 +116,12 @@ Job parse_job(std::string_view toml, const std::string& where,
               const std::vector<Override>& overrides = {});
 
 // The resolved job as TOML, every key, without `output`: what is written down.
-// parse_job(to_toml(job)) equals job.
+// parse_job(to_toml(job)) equals job (but for `output`).
 std::string to_toml(const Job& job);
+
+// Every key of a job file as a Markdown table: key, type, default, meaning. docs/job-file.md holds
+// it.
+std::string describe_job_keys();
 
 // The nearest of `candidates` to `word` by edit distance, or "" when none is near. For hints.
 std::string nearest(std::string_view word, const std::vector<std::string>& candidates);

@@ -1,0 +1,392 @@
+#include "lockstep/job/job.h"
+
+#include <fmt/format.h>
+#include <toml++/toml.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+#include <type_traits>
+
+#include "lockstep/base/error.h"
+#include "lockstep/base/file.h"
+#include "lockstep/job/schema.h"
+
+namespace lockstep {
+namespace {
+
+using job::Key;
+using job::printable;
+
+// Where a setting came from; a later level wins over an earlier one.
+enum class Level { defaults, file, command_line };
+struct Origin {
+  Level level = Level::defaults;
+  std::string where;  // "job.toml:12", "--set"
+};
+
+[[noreturn]] void fail(const std::string& where, std::string_view key, const std::string& message,
+                       const std::string& hint = "") {
+  throw ConfigError(fmt::format("{}: {}: {}", where, printable(key), message), hint);
+}
+
+toml::table parse_toml(std::string_view text, const std::string& where) {
+  try {
+    return toml::parse(text);
+  } catch (const toml::parse_error& error) {
+    throw ConfigError(
+        fmt::format("{}:{}: {}", where, error.source().begin.line, printable(error.description())),
+        "job files are TOML, https://toml.io");
+  }
+}
+
+std::string text_of(const toml::node& node) {
+  if (const auto* text = node.as_string()) return '"' + printable(text->get()) + '"';
+  if (const auto* integer = node.as_integer()) return fmt::format("{}", integer->get());
+  if (const auto* number = node.as_floating_point()) return fmt::format("{}", number->get());
+  if (const auto* boolean = node.as_boolean()) return boolean->get() ? "true" : "false";
+  if (node.is_table()) return "a table";
+  return node.is_array() ? "a list" : "a date or time";
+}
+
+// One value of the job, checked by the schema.
+class Setter {
+ public:
+  Setter(const Key& key, const std::string& where) : key_(key), where_(where) {}
+
+  void set(const toml::node& node, bool& out) const {
+    if (!node.is_boolean()) wrong_type(node);
+    out = node.as_boolean()->get();
+  }
+  void set(const toml::node& node, std::int64_t& out) const {
+    if (!node.is_integer()) wrong_type(node);
+    check_range(static_cast<double>(node.as_integer()->get()), node);
+    out = node.as_integer()->get();
+  }
+  void set(const toml::node& node, std::uint64_t& out) const {
+    std::int64_t value = 0;
+    set(node, value);  // no key allows a negative seed
+    out = static_cast<std::uint64_t>(value);
+  }
+  void set(const toml::node& node, double& out) const {
+    if (!node.is_number()) wrong_type(node);
+    const double value = node.is_integer() ? static_cast<double>(node.as_integer()->get())
+                                           : node.as_floating_point()->get();
+    if (!std::isfinite(value)) fail(where_, key_.name, text_of(node) + " is not a finite number");
+    check_range(value, node);
+    out = value;
+  }
+  void set(const toml::node& node, std::string& out) const {
+    if (!node.is_string()) wrong_type(node);
+    const std::string& text = node.as_string()->get();
+    const auto& words = key_.limits.words;
+    if (!words.empty() && std::find(words.begin(), words.end(), text) == words.end())
+      fail(where_, key_.name, fmt::format("unknown {} {}", leaf(), text_of(node)),
+           job::hint_for_word(text, words));
+    if (text.find('\0') != std::string::npos) fail(where_, key_.name, "holds a NUL character");
+    out = text;
+  }
+  void set(const toml::node& node, std::vector<std::int64_t>& out) const {
+    constexpr std::size_t kLongestList = 1024;
+    if (!node.is_array()) wrong_type(node);
+    const toml::array& list = *node.as_array();
+    if (list.size() > kLongestList)
+      fail(where_, key_.name, fmt::format("{} elements are too many", list.size()),
+           fmt::format("at most {}", kLongestList));
+    std::vector<std::int64_t> result(list.size());
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      if (!list[i].is_integer()) wrong_type(list[i]);
+      set(list[i], result[i]);
+    }
+    out = std::move(result);
+  }
+
+ private:
+  // "recipe", "model", "normalize": what a word names.
+  std::string_view leaf() const {
+    const std::size_t dot = key_.name.find('.');
+    if (dot == std::string_view::npos) return key_.name;
+    const std::string_view leaf = key_.name.substr(dot + 1);
+    return leaf == "name" ? key_.name.substr(0, dot) : leaf;
+  }
+  [[noreturn]] void wrong_type(const toml::node& found) const {
+    const bool text = job::type_of(key_) == "text";
+    fail(where_, key_.name, fmt::format("must be {}, not {}", job::type_of(key_), text_of(found)),
+         text ? "put it in quotes"
+              : fmt::format("for example {} = {}", key_.name, job::value_as_toml(key_, Job{})));
+  }
+  void check_range(double value, const toml::node& node) const {
+    if (!key_.limits.contain(value))
+      fail(where_, key_.name, text_of(node) + " is out of range", "allowed: " + key_.limits.text());
+  }
+
+  const Key& key_;
+  const std::string& where_;
+};
+
+// A job in the making: defaults, then the file, then the command line.
+class Builder {
+ public:
+  explicit Builder(std::string name) : name_(std::move(name)) {}
+
+  void apply(const toml::table& table, Level level, const std::string& prefix = "");
+  void apply(const Override& setting);
+  Job resolve() &&;
+  const Job& job() const { return job_; }
+
+ private:
+  void set(std::string_view name, const toml::node& node, Origin origin);
+  Level level_of(std::string_view name) const {
+    const auto found = origins_.find(name);
+    return found == origins_.end() ? Level::defaults : found->second.level;
+  }
+  // A check that involves several keys: the message points to where `key` was set.
+  void require(bool holds, std::string_view key, const std::string& message,
+               const std::string& hint) const {
+    if (holds) return;
+    const auto found = origins_.find(key);
+    fail(found == origins_.end() ? name_ : found->second.where, key, message, hint);
+  }
+  void check_data(const job::Recipe& recipe) const;
+  void check_model(const job::Recipe& recipe, bool classification) const;
+  void resolve_batch();
+
+  std::string name_;
+  Job job_;
+  std::map<std::string_view, Origin> origins_;  // of what the user set
+};
+
+void Builder::set(std::string_view name, const toml::node& node, Origin origin) {
+  const Key* key = job::find_key(name);
+  if (!key && !job::is_section(name))
+    fail(origin.where, name, "unknown key", job::hint_for_key(name));
+  if (!key)
+    fail(origin.where, name, "must be a table, not " + text_of(node),
+         fmt::format("keys of the section [{}] go below it", name));
+  const Setter setter(*key, origin.where);
+  std::visit([&](auto field) { setter.set(node, field(job_)); }, key->field);
+  if (origin.level != Level::defaults) origins_[key->name] = std::move(origin);
+}
+
+void Builder::apply(const toml::table& table, Level level, const std::string& prefix) {
+  for (const auto& [key, node] : table) {
+    const std::string name = prefix + std::string(key.str());
+    if (node.is_table() && job::is_section(name)) {
+      apply(*node.as_table(), level, name + '.');
+    } else {
+      set(name, node, {level, fmt::format("{}:{}", name_, key.source().begin.line)});
+    }
+  }
+}
+
+void Builder::apply(const Override& setting) {
+  const Key* key = job::find_key(setting.key);
+  const bool is_text = key && std::holds_alternative<std::string& (*)(Job&)>(key->field);
+  const bool is_quoted = !setting.value.empty() &&
+                         std::string_view("\"'").find(setting.value[0]) != std::string_view::npos;
+  // A bare word is a string; for a text key everything is (a path may look like a date).
+  toml::table table;
+  try {
+    if (is_text && !is_quoted) throw ConfigError("");
+    table = parse_toml("value = " + setting.value, setting.where);
+    if (table.size() != 1) throw ConfigError("");
+  } catch (const ConfigError&) {
+    try {
+      table = toml::parse("value = " + job::toml_string(setting.value));
+    } catch (const toml::parse_error&) {
+      fail(setting.where, setting.key, "the value is not UTF-8 text");
+    }
+  }
+  set(setting.key, *table.get("value"), {Level::command_line, setting.where});
+}
+
+void Builder::check_data(const job::Recipe& recipe) const {
+  require(!recipe.needs_data || !job_.data.empty(), "data",
+          fmt::format("recipe {} needs {}", recipe.name,
+                      recipe.images ? "a folder with IDX files" : "a CSV file"),
+          "--data PATH, or data = \"PATH\" in the job file");
+  require(recipe.name != "linear-regression" || job_.data.empty(), "data",
+          "linear-regression makes its own data", "leave it out, or use the recipe csv");
+  require(recipe.name != "csv" || !job_.dataset.target.empty(), "dataset.target",
+          "recipe csv needs the name of the target column", "--set dataset.target=NAME");
+  const std::string& delimiter = job_.dataset.delimiter;
+  require(delimiter.size() == 1 &&
+              delimiter.find_first_of("\"\r\n+-.0123456789eE") == std::string::npos,
+          "dataset.delimiter",
+          fmt::format("{} cannot separate columns", job::toml_string(delimiter)),
+          R"(one character, such as ",", ";" or "\t")");
+  require(!recipe.images || job_.split.test == 0, "split.test",
+          fmt::format("{} has a test set of its own", recipe.name), "leave it out");
+  require(recipe.images || job_.dataset.normalize != "unit", "dataset.normalize",
+          "\"unit\" is for images", "\"standard\" or \"none\"");
+  const auto& classes = job_.dataset.classes;
+  require(recipe.images || classes.empty(), "dataset.classes", "is for images", "leave it out");
+  require(classes.size() != 1, "dataset.classes", "one class leaves nothing to tell apart",
+          "name two or more, or none for all");
+  require(std::set(classes.begin(), classes.end()).size() == classes.size(), "dataset.classes",
+          "names a class twice", "name each once");
+  require(static_cast<double>(job_.dataset.rows) * static_cast<double>(job_.dataset.features) <=
+              (1 << 30),
+          "dataset.rows", "rows × features is above 2^30", "make fewer");
+}
+
+void Builder::check_model(const job::Recipe& recipe, bool classification) const {
+  require(recipe.images || job_.model.name != "cnn", "model.name",
+          fmt::format("cnn is for images, not for {}", recipe.name), "\"mlp\"");
+  require(job_.model.name == "cnn" || !job_.model.batch_norm, "model.batch_norm", "is for the cnn",
+          "model.name = \"cnn\", or leave it out");
+  const std::string& loss = job_.loss.name;
+  require(
+      classification == (loss == "cross_entropy" || loss == "hinge"), "loss.name",
+      fmt::format("{} does not fit {}", loss, classification ? "classes" : "regression"),
+      classification ? "cross_entropy, or hinge for two classes" : "mean_squared_error or huber");
+  require(loss != "hinge" || !recipe.images || job_.dataset.classes.size() == 2, "loss.name",
+          "hinge needs exactly two classes", "for example dataset.classes = [0, 1]");
+  require(loss == "cross_entropy" || !job_.loss.one_hot, "loss.one_hot", "is for cross_entropy",
+          "leave it out");
+  const bool closed_form = job_.optimizer.name == "closed_form";
+  require(!closed_form || recipe.name == "linear-regression", "optimizer.name",
+          "closed_form is for the recipe linear-regression", "sgd or adam");
+  require(!closed_form || (job_.model.widths.empty() && loss == "mean_squared_error"),
+          "optimizer.name", "closed_form solves a linear model with mean_squared_error",
+          "model.widths = [] and loss.name = \"mean_squared_error\"");
+}
+
+// batch_size (a worker's) or global_batch_size: the one set at the higher level counts.
+void Builder::resolve_batch() {
+  const Level own = level_of("train.batch_size");
+  const Level global = level_of("train.global_batch_size");
+  TrainSettings& train = job_.train;
+  require(own != global || own == Level::defaults, "train.global_batch_size",
+          "train.batch_size is set as well", "give one of the two");
+  if (own >= global) train.global_batch_size = train.batch_size * job_.workers.count;
+  train.batch_size = 0;
+  if (level_of("train.virtual_ranks") == Level::defaults) train.virtual_ranks = job_.workers.count;
+  require(
+      job_.workers.count <= train.virtual_ranks, "workers.count",
+      fmt::format("{} workers are more than the job's {} virtual ranks", job_.workers.count,
+                  train.virtual_ranks),
+      fmt::format("at most {} workers, or a higher train.virtual_ranks (which changes the result)",
+                  train.virtual_ranks));
+  require(
+      train.virtual_ranks <= train.global_batch_size,
+      level_of("train.virtual_ranks") == Level::defaults ? "workers.count" : "train.virtual_ranks",
+      fmt::format("{} virtual ranks cannot share a batch of {}", train.virtual_ranks,
+                  train.global_batch_size),
+      fmt::format("train.global_batch_size of {} or more", train.virtual_ranks));
+}
+
+Job Builder::resolve() && {
+  const auto& recipes = job::recipes();
+  const auto recipe = std::find_if(recipes.begin(), recipes.end(),
+                                   [&](const auto& r) { return r.name == job_.recipe; });
+  LOCKSTEP_CHECK(recipe != recipes.end());  // the schema lets no other name in
+  const bool classification =
+      recipe->images || (job_.recipe == "csv" && job_.dataset.task == "classification");
+  if (level_of("loss.name") == Level::defaults)
+    job_.loss.name = classification ? "cross_entropy" : "mean_squared_error";
+  check_data(*recipe);
+  check_model(*recipe, classification);
+  resolve_batch();
+  if (!job_.data.empty())
+    job_.data = std::filesystem::absolute(job_.data).lexically_normal().string();
+  return std::move(job_);
+}
+
+Job build(const toml::table& file, const std::string& name,
+          const std::vector<Override>& overrides) {
+  const auto apply_user = [&](Builder& builder) {
+    builder.apply(file, Level::file);
+    for (const Override& setting : overrides) builder.apply(setting);
+  };
+  Builder first(name);  // finds out the recipe, whose defaults come before the user's settings
+  apply_user(first);
+  if (first.job().recipe.empty())
+    fail(name, "recipe", "is missing", job::hint_for_word("", recipe_names()));
+  Builder builder(name);
+  for (const auto& recipe : job::recipes())
+    if (recipe.name == first.job().recipe)
+      builder.apply(parse_toml(recipe.defaults, recipe.name), Level::defaults);
+  apply_user(builder);
+  return std::move(builder).resolve();
+}
+
+}  // namespace
+
+Job parse_job(std::string_view toml, const std::string& where,
+              const std::vector<Override>& overrides) {
+  return build(parse_toml(toml, where), where, overrides);
+}
+
+Job resolve_job(const std::string& name_or_path, const std::vector<Override>& overrides) {
+  const auto& names = recipe_names();
+  if (std::find(names.begin(), names.end(), name_or_path) != names.end())
+    return build(toml::table{{"recipe", name_or_path}}, name_or_path, overrides);
+
+  std::error_code ignored;
+  const std::filesystem::path path(name_or_path);
+  if (std::filesystem::is_directory(path, ignored))
+    throw ConfigError(printable(name_or_path) + ": is a folder, not a job file",
+                      printable((path / "job.toml").string()));
+  const bool looks_like_a_file =
+      path.has_parent_path() || path.has_extension() || std::filesystem::exists(path, ignored);
+  if (!looks_like_a_file)
+    throw ConfigError(fmt::format("unknown recipe \"{}\"", printable(name_or_path)),
+                      job::hint_for_word(name_or_path, names) + ", or a job file");
+  std::string text;
+  try {
+    text = read_text_file(path);
+  } catch (const Error& error) {
+    throw ConfigError(error.what(), "a job file or one of the recipes' names");
+  }
+  return parse_job(text, printable(name_or_path), overrides);
+}
+
+std::string to_toml(const Job& job) {
+  std::string result;
+  std::string section;
+  for (const Key& key : job::schema()) {
+    if (!key.written) continue;
+    const std::size_t dot = key.name.find('.');
+    if (dot != std::string_view::npos && key.name.substr(0, dot) != section) {
+      section = key.name.substr(0, dot);
+      result += fmt::format("\n[{}]\n", section);
+    }
+    const auto leaf = dot == std::string_view::npos ? key.name : key.name.substr(dot + 1);
+    result += fmt::format("{} = {}\n", leaf, job::value_as_toml(key, job));
+  }
+  return result;
+}
+
+// The defaults of a recipe stand beside the general one where they differ.
+std::string describe_job_keys() {
+  std::string result = "| key | type | default | meaning |\n|---|---|---|---|\n";
+  for (const Key& key : job::schema()) {
+    const std::string general = job::value_as_toml(key, Job{});
+    std::string defaults = general == "\"\"" ? "" : fmt::format("`{}`", general);
+    for (const auto& recipe : job::recipes()) {
+      Builder builder(recipe.name);
+      builder.apply(parse_toml(recipe.defaults, recipe.name), Level::defaults);
+      const std::string own = job::value_as_toml(key, builder.job());
+      if (own != general)
+        defaults += fmt::format("{}{}: `{}`", defaults.empty() ? "" : "; ", recipe.name, own);
+    }
+    if (key.name == "loss.name") defaults += "; regression: `\"mean_squared_error\"`";
+    if (key.name == "train.global_batch_size" || key.name == "train.virtual_ranks") defaults = "";
+    std::string type(job::type_of(key));
+    if (type.starts_with("a")) type = type.substr(type.find(' ') + 1);
+    const auto& limits = key.limits;
+    const bool numeric = type != "text" && type != "true or false";
+    if (!limits.words.empty()) {
+      type = "";
+      for (const auto& word : limits.words) type += (type.empty() ? "`" : ", `") + word + '`';
+    } else if (numeric) {
+      type += ' ' + limits.text();
+    }
+    result += fmt::format("| `{}` | {} | {} | {} |\n", key.name, type, defaults, key.meaning);
+  }
+  return result;
+}
+
+}  // namespace lockstep

@@ -1,0 +1,307 @@
+#include "lockstep/job/schema.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace lockstep::job {
+namespace {
+
+template <auto... members>
+auto& member(Job& job) {
+  return (job.*....*members);
+}
+
+constexpr double kMost = std::numeric_limits<double>::max();
+constexpr double kMostSeed = 9223372036854775807.0;  // TOML's integers are signed
+
+Limits between(double low, double high) { return {.low = low, .high = high}; }
+Limits at_least(double low) { return {.low = low, .high = kMost}; }
+Limits above(double low) { return {.low = low, .high = kMost, .low_excluded = true}; }
+Limits fraction() { return {.low = 0, .high = 1, .high_excluded = true}; }
+Limits one_of(std::vector<std::string> words) { return {.words = std::move(words)}; }
+Limits any() { return {}; }
+
+std::vector<Key> make_schema() {
+  using D = DatasetSettings;
+  using M = ModelSettings;
+  using O = OptimizerSettings;
+  using C = ScheduleSettings;
+  using L = LossSettings;
+  using T = TrainSettings;
+  using W = WorkerSettings;
+  const Limits seed = between(0, kMostSeed);
+  return {
+      {"recipe", member<&Job::recipe>, one_of(recipe_names()), "what to train on"},
+      {"data", member<&Job::data>, any(),
+       "folder (mnist, fashion-mnist) or file (csv); relative to the current folder"},
+      {"output", member<&Job::output>, any(),
+       "folder to write to; empty: runs/RECIPE-N with the next free N", false},
+
+      {"split.test", member<&Job::split, &SplitSettings::test>, fraction(),
+       "fraction of the rows held out as the test set; 0: none"},
+      {"split.seed", member<&Job::split, &SplitSettings::seed>, seed, "which rows are held out"},
+
+      {"dataset.normalize", member<&Job::dataset, &D::normalize>,
+       one_of({"none", "unit", "standard"}),
+       "unit: pixels / 255; standard: mean 0 and deviation 1, measured on the training set"},
+      {"dataset.classes", member<&Job::dataset, &D::classes>, between(0, 255),
+       "images: only these classes, renamed 0, 1, …; empty: all"},
+      {"dataset.target", member<&Job::dataset, &D::target>, any(), "csv: the target column's name"},
+      {"dataset.task", member<&Job::dataset, &D::task>, one_of({"regression", "classification"}),
+       "csv: what the target is; classes are the whole numbers from 0"},
+      {"dataset.delimiter", member<&Job::dataset, &D::delimiter>, any(),
+       "csv: the character between columns"},
+      {"dataset.rows", member<&Job::dataset, &D::rows>, between(2, 1e8),
+       "linear-regression: rows to make"},
+      {"dataset.features", member<&Job::dataset, &D::features>, between(1, 1e5),
+       "linear-regression: columns to make"},
+      {"dataset.noise", member<&Job::dataset, &D::noise>, at_least(0),
+       "linear-regression: standard deviation of the noise"},
+      {"dataset.seed", member<&Job::dataset, &D::seed>, seed,
+       "linear-regression: seed of rows and weights"},
+
+      {"model.name", member<&Job::model, &M::name>, one_of({"mlp", "cnn"}),
+       "cnn: two convolutions and a dense layer, for images"},
+      {"model.widths", member<&Job::model, &M::widths>, between(1, 1 << 20),
+       "mlp: sizes of the hidden layers; []: a linear model"},
+      {"model.batch_norm", member<&Job::model, &M::batch_norm>, any(),
+       "cnn: batch normalisation after each convolution"},
+      {"model.dropout", member<&Job::model, &M::dropout>, fraction(),
+       "share of activations dropped before the last layer"},
+      {"model.bias", member<&Job::model, &M::bias>, any(), "layers have a bias"},
+
+      {"optimizer.name", member<&Job::optimizer, &O::name>,
+       one_of({"sgd", "momentum", "nesterov", "adam", "adamw", "closed_form"}),
+       "closed_form: linear-regression's exact solution, no gradient"},
+      {"optimizer.lr", member<&Job::optimizer, &O::lr>, above(0), "learning rate"},
+      {"optimizer.momentum", member<&Job::optimizer, &O::momentum>, fraction(),
+       "momentum, nesterov"},
+      {"optimizer.beta1", member<&Job::optimizer, &O::beta1>, fraction(), "adam, adamw"},
+      {"optimizer.beta2", member<&Job::optimizer, &O::beta2>, fraction(), "adam, adamw"},
+      {"optimizer.eps", member<&Job::optimizer, &O::eps>, above(0), "adam, adamw"},
+      {"optimizer.weight_decay", member<&Job::optimizer, &O::weight_decay>, at_least(0),
+       "adamw: decoupled; the others: added to the gradient"},
+
+      {"schedule.name", member<&Job::schedule, &C::name>,
+       one_of({"constant", "linear", "cosine", "step"}),
+       "linear: warm-up, then constant; cosine: warm-up, then down to min_lr"},
+      {"schedule.warmup_steps", member<&Job::schedule, &C::warmup_steps>, between(0, 1e12),
+       "linear, cosine: steps from 0 up to lr"},
+      {"schedule.min_lr", member<&Job::schedule, &C::min_lr>, at_least(0),
+       "cosine: learning rate at the end"},
+      {"schedule.step_epochs", member<&Job::schedule, &C::step_epochs>, between(1, 1e6),
+       "step: every so many epochs …"},
+      {"schedule.gamma", member<&Job::schedule, &C::gamma>, above(0), "step: … times this"},
+
+      {"loss.name", member<&Job::loss, &L::name>,
+       one_of({"cross_entropy", "mean_squared_error", "huber", "hinge"}),
+       "hinge: two classes; mean_squared_error, huber: regression"},
+      {"loss.one_hot", member<&Job::loss, &L::one_hot>, any(),
+       "cross_entropy: targets as one-hot rows"},
+      {"loss.delta", member<&Job::loss, &L::delta>, above(0),
+       "huber: where the loss turns from square to linear"},
+
+      {"train.epochs", member<&Job::train, &T::epochs>, between(1, 1e6), "passes over the data"},
+      {"train.max_steps", member<&Job::train, &T::max_steps>, between(0, 1e12),
+       "stop after so many steps; 0: no limit"},
+      {"train.batch_size", member<&Job::train, &T::batch_size>, between(1, 1 << 20),
+       "samples a step and worker; resolved into global_batch_size", false},
+      {"train.global_batch_size", member<&Job::train, &T::global_batch_size>, between(1, 1 << 30),
+       "samples a step, all workers together; default: batch_size × workers.count"},
+      {"train.virtual_ranks", member<&Job::train, &T::virtual_ranks>, between(1, 1024),
+       "fixed slices of the global batch; default: workers.count. The result depends on this, not "
+       "on the number of workers"},
+      {"train.seed", member<&Job::train, &T::seed>, seed,
+       "first weights, order of samples, dropout"},
+      {"train.shuffle", member<&Job::train, &T::shuffle>, any(),
+       "a new order of samples each epoch"},
+      {"train.clip_grad_norm", member<&Job::train, &T::clip_grad_norm>, at_least(0),
+       "largest norm of the gradient; 0: no clipping"},
+      {"train.tolerance", member<&Job::train, &T::tolerance>, at_least(0),
+       "stop when tolerance_of changes less from one epoch to the next; 0: off"},
+      {"train.tolerance_of", member<&Job::train, &T::tolerance_of>,
+       one_of({"loss", "gradient_norm"}), "what tolerance looks at"},
+      {"train.print_test_loss", member<&Job::train, &T::print_test_loss>, any(),
+       "print \"Epoch 1, Test Loss: …\" after each epoch"},
+
+      {"workers.count", member<&Job::workers, &W::count>, between(1, 1024), "processes"},
+      {"workers.threads", member<&Job::workers, &W::threads>, between(1, 1024),
+       "threads inside each operation, each worker"},
+      {"workers.timeout_s", member<&Job::workers, &W::timeout_s>,
+       Limits{.low = 0, .high = 1e6, .low_excluded = true},
+       "seconds that a collective waits for the slowest worker"},
+  };
+}
+
+std::string number(double value) {
+  const bool whole = value == static_cast<double>(static_cast<std::int64_t>(value));
+  return whole ? fmt::format("{}", static_cast<std::int64_t>(value)) : fmt::format("{}", value);
+}
+
+std::string as_toml(bool value) { return value ? "true" : "false"; }
+std::string as_toml(std::int64_t value) { return fmt::format("{}", value); }
+std::string as_toml(std::uint64_t value) { return fmt::format("{}", value); }
+std::string as_toml(double value) {
+  std::string text = fmt::format("{}", value);
+  return text.find_first_of(".e") == std::string::npos ? text + ".0" : text;
+}
+std::string as_toml(const std::string& value) { return toml_string(value); }
+std::string as_toml(const std::vector<std::int64_t>& value) { return fmt::format("{}", value); }
+
+std::string escaped(std::string_view text, std::string_view also) {
+  std::string result;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x20 || byte == 0x7f) {
+      result += fmt::format("\\u{:04X}", byte);
+    } else {
+      if (also.find(c) != std::string_view::npos) result += '\\';
+      result += c;
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+bool Limits::contain(double value) const {
+  return (low_excluded ? value > low : value >= low) &&
+         (high_excluded ? value < high : value <= high);
+}
+
+std::string Limits::text() const {
+  std::string result = fmt::format("{} {}", low_excluded ? ">" : ">=", number(low));
+  if (high < kMostSeed)
+    result += fmt::format(" and {} {}", high_excluded ? "<" : "<=", number(high));
+  return result;
+}
+
+const std::vector<Key>& schema() {
+  static const std::vector<Key> keys = make_schema();
+  return keys;
+}
+
+const std::vector<Recipe>& recipes() {
+  // The loss's default follows from the task; see resolve() in job.cc.
+  static const std::vector<Recipe> list = {
+      {"fashion-mnist", true, false, R"(data = "/usr/share/datasets/fashion-mnist")"},
+      {"mnist", true, true, ""},
+      {"linear-regression", false, false, R"(
+split.test = 0.2
+dataset.normalize = "none"
+model.widths = []
+optimizer = { name = "sgd", lr = 0.1 }
+train.batch_size = 16)"},
+      {"csv", false, true, "split.test = 0.2"},
+  };
+  return list;
+}
+
+const Key* find_key(std::string_view name) {
+  const auto& keys = schema();
+  const auto found =
+      std::find_if(keys.begin(), keys.end(), [&](auto& k) { return k.name == name; });
+  return found == keys.end() ? nullptr : &*found;
+}
+
+bool is_section(std::string_view name) {
+  return std::any_of(schema().begin(), schema().end(), [&](const Key& key) {
+    return key.name.size() > name.size() && key.name.starts_with(name) &&
+           key.name[name.size()] == '.';
+  });
+}
+
+std::string_view type_of(const Key& key) {
+  constexpr std::string_view names[] = {"true or false", "an integer", "an integer",
+                                        "a number",      "text",       "a list of integers"};
+  return names[key.field.index()];
+}
+
+std::string value_as_toml(const Key& key, const Job& job) {
+  Job copy = job;
+  return std::visit([&](auto field) { return as_toml(field(copy)); }, key.field);
+}
+
+std::string toml_string(std::string_view text) { return '"' + escaped(text, "\"\\") + '"'; }
+
+std::string printable(std::string_view text) {
+  constexpr std::size_t kMostShown = 200;
+  return text.size() <= kMostShown ? escaped(text, "")
+                                   : escaped(text.substr(0, kMostShown), "") + "…";
+}
+
+std::string hint_for_word(std::string_view word, const std::vector<std::string>& allowed) {
+  const std::string near = nearest(word, allowed);
+  const std::string all = fmt::format("one of {}", fmt::join(allowed, ", "));
+  return near.empty() ? all : fmt::format("did you mean \"{}\"? ({})", near, all);
+}
+
+std::string hint_for_key(std::string_view name) {
+  const auto leaf_of = [](std::string_view key) { return key.substr(key.rfind('.') + 1); };
+  std::vector<std::string> names, leaves;
+  for (const Key& key : schema()) {
+    // The right name in the wrong section is the likeliest mistake.
+    if (leaf_of(key.name) == leaf_of(name) && leaf_of(name) != "name")
+      return fmt::format("did you mean {}?", key.name);
+    names.emplace_back(key.name);
+    leaves.emplace_back(leaf_of(key.name));
+    const std::string section(key.name.substr(0, key.name.find('.')));
+    if (section != key.name) names.push_back(section), leaves.push_back("");
+  }
+  std::string near = nearest(name, names);
+  if (near.empty()) {
+    const std::string leaf = nearest(leaf_of(name), leaves);
+    if (!leaf.empty())
+      near = names[static_cast<std::size_t>(std::find(leaves.begin(), leaves.end(), leaf) -
+                                            leaves.begin())];
+  }
+  if (near.empty()) return "docs/job-file.md lists every key";
+  return fmt::format("did you mean {}?", is_section(near) ? "[" + near + "]" : near);
+}
+
+}  // namespace lockstep::job
+
+namespace lockstep {
+
+const std::vector<std::string>& recipe_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> result;
+    for (const auto& recipe : job::recipes()) result.push_back(recipe.name);
+    return result;
+  }();
+  return names;
+}
+
+// Optimal string alignment: Levenshtein with swaps of neighbours. A third of the word may differ.
+std::string nearest(std::string_view word, const std::vector<std::string>& candidates) {
+  constexpr std::size_t kLongest = 64;
+  if (word.empty() || word.size() > kLongest) return "";
+  std::string best;
+  std::size_t best_distance = std::max<std::size_t>(1, word.size() / 3) + 1;
+  for (const std::string& candidate : candidates) {
+    if (candidate.empty() || candidate.size() > kLongest) continue;
+    const std::size_t width = candidate.size() + 1;
+    std::vector<std::size_t> table((word.size() + 1) * width);
+    const auto at = [&](std::size_t i, std::size_t j) -> auto& { return table[i * width + j]; };
+    for (std::size_t i = 0; i <= word.size(); ++i) {
+      for (std::size_t j = 0; j < width; ++j) {
+        if (i == 0 || j == 0) {
+          at(i, j) = i + j;
+          continue;
+        }
+        const bool same = word[i - 1] == candidate[j - 1];
+        at(i, j) = std::min({at(i - 1, j) + 1, at(i, j - 1) + 1, at(i - 1, j - 1) + !same});
+        if (i > 1 && j > 1 && word[i - 1] == candidate[j - 2] && word[i - 2] == candidate[j - 1])
+          at(i, j) = std::min(at(i, j), at(i - 2, j - 2) + 1);
+      }
+    }
+    const std::size_t distance = at(word.size(), candidate.size());
+    if (distance < best_distance) best_distance = distance, best = candidate;
+  }
+  return best;
+}
+
+}  // namespace lockstep
