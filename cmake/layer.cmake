@@ -1,7 +1,7 @@
 # lockstep_layer(NAME [TORCH] [LAYERS lower layers …] [LIBRARIES packages …])
 #
-# One folder lockstep/NAME becomes the library lockstep_NAME (every .cc but the tests) and, where there are any *_test.cc,
-# the test program NAME_test. Adding a file needs no edit here.
+# One folder lockstep/NAME becomes the library lockstep_NAME (every .cc but the tests) and, where there
+# are any *_test.cc, the test program NAME_test. Adding a file needs no edit here.
 function(lockstep_layer NAME)
   cmake_parse_arguments(ARG "TORCH" "" "LAYERS;LIBRARIES" ${ARGN})
   set(folder "${PROJECT_SOURCE_DIR}/lockstep/${NAME}")

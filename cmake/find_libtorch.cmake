@@ -1,0 +1,40 @@
+# Used by our own build and, installed, by projects that use lockstep.
+
+# The libraries of the libtorch in PREFIX and its version; RESULT is empty where there is none.
+function(lockstep_find_libtorch PREFIX RESULT VERSION)
+  set(found)
+  foreach(name torch torch_cpu c10)
+    find_library(library ${name} PATHS "${PREFIX}/lib" NO_DEFAULT_PATH NO_CACHE)
+    if(NOT library)
+      set(${RESULT} "" PARENT_SCOPE)
+      return()
+    endif()
+    list(APPEND found "${library}")
+    unset(library)
+  endforeach()
+  set(header "${PREFIX}/include/torch/headeronly/version.h")
+  if(NOT EXISTS "${header}")
+    set(header "${PREFIX}/include/torch/csrc/api/include/torch/version.h")
+  endif()
+  set(numbers)
+  foreach(part MAJOR MINOR PATCH)
+    file(STRINGS "${header}" line REGEX "^#define TORCH_VERSION_${part} ")
+    string(REGEX MATCH "[0-9]+" number "${line}")
+    list(APPEND numbers "${number}")
+  endforeach()
+  list(JOIN numbers "." version)
+  set(${RESULT} "${found}" PARENT_SCOPE)
+  set(${VERSION} "${version}" PARENT_SCOPE)
+endfunction()
+
+# Makes TARGET (an interface library) carry the libtorch in PREFIX. Its headers come after the
+# system's (-idirafter): the wheel also ships fmt and others.
+function(lockstep_use_libtorch TARGET PREFIX LIBRARIES)
+  foreach(folder include include/torch/csrc/api/include)
+    target_compile_options(${TARGET} INTERFACE
+                           "$<BUILD_INTERFACE:SHELL:-idirafter ${PREFIX}/${folder}>")
+  endforeach()
+  foreach(library ${LIBRARIES})
+    target_link_libraries(${TARGET} INTERFACE "$<BUILD_INTERFACE:${library}>")
+  endforeach()
+endfunction()

@@ -1,0 +1,7 @@
+// The public header of lockstep::lockstep. What it includes, directly or not, is the public
+// interface; other headers are installed because these need them, and may change.
+#pragma once
+
+#include "lockstep/core.h"
+#include "lockstep/parallel/data_loader.h"
+#include "lockstep/parallel/data_parallel.h"
