@@ -1,0 +1,256 @@
+#include "lockstep/update/optimizer.h"
+
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <random>
+
+#include "lockstep/update/kernels.h"
+
+namespace lockstep {
+namespace {
+
+// --- Against torch.optim (PyTorch 2.13, 100 steps, learning rate and settings as named) ---
+
+struct Known {
+  OptimizerOptions options;
+  double lr;
+  std::vector<float> weights;  // after 100 steps from {1, -2, 0.5, 0}
+};
+
+std::vector<float> train(const Known& known, float gradient_scale) {
+  std::vector<float> weights = {1.0f, -2.0f, 0.5f, 0.0f};
+  Optimizer optimizer(known.options, weights.size());
+  for (int step = 0; step < 100; ++step) {
+    std::vector<float> gradient(weights.size());
+    for (int i = 0; i < 4; ++i)
+      gradient[static_cast<std::size_t>(i)] =
+          static_cast<float>((step * 7 + i * 3) % 11 - 5) / 8 / gradient_scale;
+    optimizer.step(weights, gradient, gradient_scale, known.lr);
+  }
+  EXPECT_EQ(optimizer.steps(), 100);
+  return weights;
+}
+
+TEST(Optimizer, MatchesTorchOptim) {
+  using enum OptimizerKind;
+  const Known cases[] = {
+      {{.kind = sgd}, 0.05, {1.03125f, -1.98749995f, 0.493750006f, -0.0250000004f}},
+      {{.kind = sgd, .momentum = 0.9, .weight_decay = 0.01},
+       0.05,
+       {0.660634458f, -1.29045796f, 0.363293499f, -0.0450940393f}},
+      {{.kind = sgd, .momentum = 0.9, .nesterov = true},
+       0.05,
+       {1.0863564f, -2.06829786f, 0.559362292f, -0.0854762122f}},
+      {{.kind = adam}, 0.01, {1.01597965f, -2.00601029f, 0.497978002f, -0.0176117513f}},
+      {{.kind = adam, .weight_decay = 0.1},
+       0.01,
+       {0.796094f, -1.59025419f, 0.384876937f, -0.0138549721f}},
+      {{.kind = adamw, .weight_decay = 0.1},
+       0.01,
+       {0.919279456f, -1.81493604f, 0.450668156f, -0.0159985647f}},
+  };
+  for (const Known& known : cases) {
+    const std::vector<float> weights = train(known, 1.0f);
+    // PyTorch fuses multiply-adds where the machine can: a few units in the last place a step.
+    for (std::size_t i = 0; i < 4; ++i)
+      EXPECT_NEAR(weights[i], known.weights[i], 2e-6)
+          << "case " << (&known - cases) << " element " << i;
+    // A gradient summed over four and scaled by a quarter is the same gradient: powers of two.
+    EXPECT_EQ(weights, train(known, 0.25f));
+  }
+}
+
+TEST(Optimizer, SplittingTheSpanKeepsTheBits) {
+  constexpr std::size_t kCount = 1037;
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<float> whole(kCount);
+  for (float& value : whole) value = normal(random);
+  std::vector<float> split = whole;
+  constexpr std::size_t kCut = 333;
+
+  const OptimizerOptions options{.kind = OptimizerKind::adamw, .weight_decay = 0.01};
+  Optimizer one(options, kCount);
+  Optimizer left(options, kCut);
+  Optimizer right(options, kCount - kCut);
+  for (int step = 0; step < 20; ++step) {
+    std::vector<float> gradient(kCount);
+    for (float& value : gradient) value = normal(random);
+    const std::span<const float> g = gradient;
+    one.step(whole, g, 0.3f, 1e-3);
+    left.step(std::span(split).first(kCut), g.first(kCut), 0.3f, 1e-3);
+    right.step(std::span(split).subspan(kCut), g.subspan(kCut), 0.3f, 1e-3);
+  }
+  EXPECT_EQ(whole, split);
+}
+
+// --- Kernels against a naive twin, bit for bit ---
+
+volatile float rounded;  // every intermediate result passes through memory: no fusing, no widening
+float r(float value) {
+  rounded = value;
+  return rounded;
+}
+
+void naive_sgd(const StepNumbers& n, const StepArrays& a, bool momentum, bool nesterov) {
+  for (std::size_t i = 0; i < a.count; ++i) {
+    const float g = r(r(a.gradient[i] * n.gradient_scale) + r(n.weight_decay * a.weights[i]));
+    float update = g;
+    if (momentum) {
+      a.first[i] = r(r(n.momentum * a.first[i]) + g);
+      update = nesterov ? r(g + r(n.momentum * a.first[i])) : a.first[i];
+    }
+    a.weights[i] = r(a.weights[i] - r(n.lr * update));
+  }
+}
+
+void naive_adam(const StepNumbers& n, const StepArrays& a) {
+  for (std::size_t i = 0; i < a.count; ++i) {
+    const float w = r(a.weights[i] * n.shrink);
+    const float g = r(r(a.gradient[i] * n.gradient_scale) + r(n.weight_decay * w));
+    a.first[i] = r(r(n.beta1 * a.first[i]) + r(n.one_minus_beta1 * g));
+    a.second[i] = r(r(n.beta2 * a.second[i]) + r(n.one_minus_beta2 * r(g * g)));
+    const float denominator = r(r(std::sqrt(a.second[i]) / n.root_correction2) + n.eps);
+    a.weights[i] = r(w - r(n.step_size * r(a.first[i] / denominator)));
+  }
+}
+
+struct Memory {
+  std::vector<float> weights, gradient, first, second;
+  StepArrays at(std::size_t offset, std::size_t count) {
+    return {weights.data() + offset, gradient.data() + offset, first.data() + offset,
+            second.data() + offset, count};
+  }
+  std::vector<std::uint32_t> bits() const {
+    std::vector<std::uint32_t> all;
+    for (const auto* part : {&weights, &first, &second})
+      for (const float value : *part) all.push_back(std::bit_cast<std::uint32_t>(value));
+    return all;
+  }
+};
+
+Memory random_memory(std::size_t count) {
+  std::mt19937 random(static_cast<unsigned>(count));
+  std::normal_distribution<float> normal;
+  Memory memory;
+  for (auto* part : {&memory.weights, &memory.gradient, &memory.first, &memory.second})
+    for (std::size_t i = 0; i < count; ++i) part->push_back(normal(random));
+  for (float& value : memory.second) value *= value;
+  if (count > 20) {
+    memory.gradient[3] = 0.0f;
+    memory.gradient[17] = 1e-40f;  // subnormal
+    memory.second[5] = 0.0f;
+  }
+  return memory;
+}
+
+TEST(UpdateKernels, EveryInstructionSetGivesTheNaiveBits) {
+  const StepNumbers numbers{.gradient_scale = 0.37f,
+                            .weight_decay = 0.013f,
+                            .shrink = 0.999f,
+                            .lr = 0.021f,
+                            .momentum = 0.9f,
+                            .beta1 = 0.9f,
+                            .one_minus_beta1 = 0.1f,
+                            .beta2 = 0.999f,
+                            .one_minus_beta2 = 0.001f,
+                            .root_correction2 = 0.04f,
+                            .eps = 1e-8f,
+                            .step_size = 0.003f};
+  constexpr std::size_t kRoom = 1100;
+  for (const UpdateKernels& kernels : all_update_kernels()) {
+    if (!kernels.usable) continue;
+    for (const std::size_t count : {0, 1, 2, 7, 15, 16, 17, 63, 64, 65, 1024, 1031}) {
+      for (const std::size_t offset : {0, 1, 3, 16}) {
+        SCOPED_TRACE(testing::Message() << kernels.name << " " << count << " at " << offset);
+        const auto compare = [&](UpdateKernels::Step kernel, auto naive) {
+          Memory expected = random_memory(kRoom);
+          Memory actual = expected;
+          for (int i = 0; i < 3; ++i) {
+            naive(numbers, expected.at(offset, count));
+            kernel(numbers, actual.at(offset, count));
+          }
+          EXPECT_EQ(actual.bits(), expected.bits());
+        };
+        compare(kernels.sgd, [](auto& n, auto a) { naive_sgd(n, a, false, false); });
+        compare(kernels.sgd_momentum, [](auto& n, auto a) { naive_sgd(n, a, true, false); });
+        compare(kernels.sgd_nesterov, [](auto& n, auto a) { naive_sgd(n, a, true, true); });
+        compare(kernels.adam, [](auto& n, auto a) { naive_adam(n, a); });
+      }
+    }
+  }
+  EXPECT_TRUE(update_kernels().usable);
+  EXPECT_TRUE(all_update_kernels().front().usable);
+}
+
+// --- Sum of squares ---
+
+TEST(SumOfSquares, CountsEveryElementOnce) {
+  for (const std::size_t count : {0, 1, 15, 16, 17, 1023, 1024, 1025, 5000}) {
+    std::vector<float> values(count);
+    double expected = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      values[i] = static_cast<float>(i % 97) - 48;
+      expected += static_cast<double>(values[i]) * values[i];  // whole numbers: exact in any order
+    }
+    EXPECT_EQ(sum_of_squares(values), expected) << count;
+  }
+}
+
+TEST(SumOfSquares, AddsTilesInOrder) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(4 * 1024 + 100);
+  for (float& value : values) value = normal(random);
+  double by_tile = 0;
+  for (std::size_t begin = 0; begin < values.size(); begin += 1024)
+    by_tile += sum_of_squares(
+        std::span(values).subspan(begin, std::min<std::size_t>(1024, values.size() - begin)));
+  EXPECT_EQ(sum_of_squares(values), by_tile);
+
+  std::vector<float> padded = values;  // zero padding is neutral
+  padded.resize(values.size() + 28);
+  EXPECT_EQ(sum_of_squares(padded), by_tile);
+}
+
+// --- Schedules ---
+
+TEST(LearningRate, ConstantAndWarmUp) {
+  EXPECT_EQ(learning_rate({.lr = 0.5}, 0), 0.5);
+  EXPECT_EQ(learning_rate({.lr = 0.5}, 1'000'000), 0.5);
+  const Schedule linear{.kind = Schedule::Kind::linear, .lr = 0.5, .warmup_steps = 4};
+  EXPECT_EQ(learning_rate(linear, 0), 0.125);
+  EXPECT_EQ(learning_rate(linear, 2), 0.375);
+  EXPECT_EQ(learning_rate(linear, 3), 0.5);
+  EXPECT_EQ(learning_rate(linear, 4), 0.5);
+}
+
+TEST(LearningRate, CosineFallsToItsMinimumAndStays) {
+  const Schedule cosine{.kind = Schedule::Kind::cosine,
+                        .lr = 1.0,
+                        .min_lr = 0.2,
+                        .warmup_steps = 10,
+                        .total_steps = 110};
+  EXPECT_DOUBLE_EQ(learning_rate(cosine, 4), 0.5);
+  EXPECT_DOUBLE_EQ(learning_rate(cosine, 10), 1.0);
+  EXPECT_DOUBLE_EQ(learning_rate(cosine, 60), 0.6);
+  EXPECT_DOUBLE_EQ(learning_rate(cosine, 110), 0.2);
+  EXPECT_DOUBLE_EQ(learning_rate(cosine, 5000), 0.2);
+  for (std::int64_t step = 11; step <= 110; ++step)
+    EXPECT_LT(learning_rate(cosine, step), learning_rate(cosine, step - 1));
+  // A warm-up longer than the run leaves nothing to fall: no division by zero.
+  EXPECT_DOUBLE_EQ(learning_rate({.kind = Schedule::Kind::cosine, .lr = 1.0, .warmup_steps = 5}, 7),
+                   0.0);
+}
+
+TEST(LearningRate, StepFallsByGamma) {
+  const Schedule step{.kind = Schedule::Kind::step, .lr = 1.0, .step_size = 30, .gamma = 0.5};
+  EXPECT_EQ(learning_rate(step, 29), 1.0);
+  EXPECT_EQ(learning_rate(step, 30), 0.5);
+  EXPECT_EQ(learning_rate(step, 90), 0.125);
+}
+
+}  // namespace
+}  // namespace lockstep
