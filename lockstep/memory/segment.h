@@ -18,51 +18,61 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "lockstep/base/file.h"
 
 namespace lockstep {
 
+inline constexpr int kMaxLocalRanks = 1024;
+
 struct SegmentOptions {
-  int ranks = 1;  // local ranks, 1 to 1024
-  std::uint64_t arena_bytes =
-      0;  // address range of each rank's arena; 0: the machine's memory / ranks
+  int ranks = 1;  // local ranks, 1 to kMaxLocalRanks
+  // Address range of each rank's arena; 0: the machine's memory / ranks.
+  std::uint64_t arena_bytes = 0;
 };
 
-// What one rank shows the others. Lives in shared memory; written by its rank alone except where
-// said.
-struct alignas(64) ControlBlock;  // defined in memory/control_block.h
+struct ControlBlock;  // memory/control_block.h: what one rank shows the others
 
 class Segment {
  public:
+  // Throws ConfigError for options out of range, Error when the kernel refuses.
   static std::shared_ptr<Segment> create(const SegmentOptions& options);
   // Takes over a descriptor that somebody else made (inherited or received). Throws Error naming
   // what is wrong with it.
   static std::shared_ptr<Segment> attach(UniqueFd fd);
   ~Segment();
 
-  int fd() const;
+  int fd() const;  // close-on-exec; who hands it to a child clears the flag
   int ranks() const;
   ControlBlock& control(int rank);
   // Non-zero ends every wait of every rank. Set through abort(), which also wakes the waiters.
   std::atomic<std::uint32_t>& abort_word();
-  void abort(std::string_view
-                 reason);  // the first reason stays; callable from the agent; async-signal-unsafe
+  // The first reason stays. Callable from any holder of the segment, the agent included; not from a
+  // signal handler.
+  void abort(std::string_view reason);
   std::string abort_reason() const;  // "" while not aborted
+  // The latest group that failed: (generation + 1) << 16 | the rank whose control block says why.
+  std::atomic<std::uint64_t>& failed_word();
+  // Makes every sleeping rank look again at what it waits for.
+  void wake_all();
 
   // Reserves `bytes` of rank's arena, 64-byte aligned, zeroed. Ranks that make the same calls in
-  // the same order get the same offset within their arenas ("symmetric"), which is what collectives
-  // in place rely on.
+  // the same order get the same offset within their arenas ("symmetric"). One thread at a time for
+  // each rank.
   std::span<std::byte> allocate(int rank, std::size_t bytes, std::string_view what);
+  // Gives the pages back to the system; the address range too, if `memory` is what allocate()
+  // returned last. Nobody may use it any more.
+  void release(int rank, std::span<std::byte> memory);
 
-  // Where a pointer into the mapping lies, as an offset from the segment's start; -1 if it is not
+  // Where a pointer into an arena lies, as an offset from the segment's start; -1 if it is not
   // inside any arena.
   std::int64_t offset_of(const void* pointer) const;
   int arena_owner(const void* pointer) const;  // rank whose arena holds it, or -1
   // The symmetric twin: the same offset in another rank's arena.
   std::byte* twin(const void* pointer, int rank) const;
-  // Bytes at an offset that another process named: checked against the segment. Throws Error.
-  std::span<const std::byte> at(std::uint64_t offset, std::uint64_t bytes) const;
+  // The bytes of rank's arena at an offset that another process named: checked. Throws Error.
+  std::span<std::byte> at(int rank, std::uint64_t offset, std::uint64_t bytes) const;
 
  private:
   struct State;

@@ -1,0 +1,254 @@
+#include "lockstep/memory/segment.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <optional>
+
+#include "lockstep/base/bytes.h"
+#include "lockstep/base/error.h"
+#include "lockstep/memory/available_memory.h"
+#include "lockstep/memory/control_block.h"
+
+namespace lockstep {
+namespace {
+
+constexpr std::uint64_t kMagic = 0x6d67657370657473;  // "stepsegm"
+constexpr std::uint32_t kLayoutVersion = 1;
+constexpr std::uint64_t kAlignment = 64;
+constexpr std::uint64_t kArenaAlignment = 2 << 20;  // a huge page
+constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+
+constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// What attach() must know before it can map: plain numbers, followed by the words that change.
+struct Preamble {
+  std::uint64_t magic = kMagic;
+  std::uint32_t layout_version = kLayoutVersion;
+  std::uint32_t ranks = 0;
+  std::uint64_t arena_bytes = 0;
+  std::uint64_t total_bytes = 0;
+  std::uint64_t control_block_bytes = sizeof(ControlBlock);
+};
+
+struct Header {
+  Preamble preamble;
+  alignas(64) std::atomic<std::uint32_t> abort_word;
+  std::atomic<std::uint32_t> abort_claimed;
+  std::atomic<std::uint64_t> failed_word;
+  SharedText<1000> abort_reason;
+};
+
+// Everything's place follows from two numbers; no offset is ever read from the segment.
+struct Layout {
+  std::uint64_t ranks = 0;
+  std::uint64_t arena_bytes = 0;  // a multiple of kArenaAlignment
+  std::uint64_t control_offset() const { return round_up(sizeof(Header), kAlignment); }
+  std::uint64_t arenas_offset() const {
+    return round_up(control_offset() + ranks * sizeof(ControlBlock), kArenaAlignment);
+  }
+  std::uint64_t arena_offset(std::uint64_t rank) const {
+    return arenas_offset() + rank * arena_bytes;
+  }
+  std::uint64_t total_bytes() const { return arena_offset(ranks); }
+};
+
+// Nothing if the numbers are out of range.
+std::optional<Layout> checked_layout(std::uint64_t ranks, std::uint64_t arena_bytes) {
+  constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 46;  // x86-64 maps no more than 2^47
+  if (ranks < 1 || ranks > kMaxLocalRanks || arena_bytes < 1 || arena_bytes > kMaxBytes / ranks)
+    return std::nullopt;
+  return Layout{ranks, round_up(arena_bytes, kArenaAlignment)};
+}
+
+void* map(int fd, std::uint64_t bytes) {
+  void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  if (base == MAP_FAILED)
+    throw Error(fmt::format("cannot map a shared memory segment of {}: {}", byte_text(bytes),
+                            errno_text(errno)));
+  ::madvise(base, bytes, MADV_HUGEPAGE);  // a wish: not every kernel grants it
+  return base;
+}
+
+}  // namespace
+
+struct Segment::State {
+  UniqueFd fd;
+  Layout layout;
+  std::byte* base = nullptr;
+
+  State(UniqueFd descriptor, Layout where)
+      : fd(std::move(descriptor)),
+        layout(where),
+        base(static_cast<std::byte*>(map(fd.get(), where.total_bytes()))) {}
+  ~State() { ::munmap(base, layout.total_bytes()); }
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
+
+  Header& header() const { return *reinterpret_cast<Header*>(base); }
+  std::byte* arena(int rank) const { return base + layout.arena_offset(rank); }
+};
+
+Segment::Segment(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Segment::~Segment() = default;
+
+std::shared_ptr<Segment> Segment::create(const SegmentOptions& options) {
+  if (options.ranks < 1 || options.ranks > kMaxLocalRanks)
+    throw ConfigError(fmt::format("a segment for {} ranks is impossible", options.ranks),
+                      fmt::format("1 to {} workers on a node", kMaxLocalRanks));
+  const std::uint64_t arena_bytes =
+      options.arena_bytes != 0 ? options.arena_bytes : total_memory() / options.ranks;
+  const auto layout = checked_layout(options.ranks, arena_bytes);
+  if (!layout)
+    throw ConfigError(fmt::format("an arena of {} for each of {} ranks is too large",
+                                  byte_text(arena_bytes), options.ranks));
+  UniqueFd fd(::memfd_create("lockstep", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd) throw Error("cannot create a shared memory segment: " + errno_text(errno));
+  const std::uint64_t fixed_bytes = layout->arenas_offset();
+  require_memory(fixed_bytes, available_memory(), "the shared memory segment");
+  if (::ftruncate(fd.get(), static_cast<off_t>(layout->total_bytes())) != 0 ||
+      ::fallocate(fd.get(), 0, 0, static_cast<off_t>(fixed_bytes)) != 0 ||
+      ::fcntl(fd.get(), F_ADD_SEALS, kSeals) != 0)
+    throw Error(fmt::format("cannot size a shared memory segment to {}: {}",
+                            byte_text(layout->total_bytes()), errno_text(errno)));
+  auto state = std::make_unique<State>(std::move(fd), *layout);
+  state->header().preamble = {.ranks = static_cast<std::uint32_t>(layout->ranks),
+                              .arena_bytes = layout->arena_bytes,
+                              .total_bytes = layout->total_bytes()};
+  return std::shared_ptr<Segment>(new Segment(std::move(state)));
+}
+
+std::shared_ptr<Segment> Segment::attach(UniqueFd fd) {
+  const auto wrong = [&](const std::string& what) {
+    return Error(fmt::format("descriptor {} is not a usable segment: {}", fd.get(), what));
+  };
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+  if (seals < 0) throw wrong("it is not a memfd (" + errno_text(errno) + ")");
+  if ((seals & kSeals) != kSeals) throw wrong("its size is not sealed");
+  struct stat status {};
+  if (::fstat(fd.get(), &status) != 0) throw wrong(errno_text(errno));
+  const auto size = static_cast<std::uint64_t>(status.st_size);
+  // Read, not mapped: a copy that nobody can change between the check and the use.
+  Preamble found{};
+  if (::pread(fd.get(), &found, sizeof(found), 0) != static_cast<ssize_t>(sizeof(found)))
+    throw wrong(fmt::format("it has {} bytes, too few for a header", size));
+  if (found.magic != kMagic) throw wrong("its magic number is wrong");
+  if (found.layout_version != kLayoutVersion || found.control_block_bytes != sizeof(ControlBlock))
+    throw wrong(
+        fmt::format("its layout is version {}, this program's is {}: both must be built "
+                    "from the same release",
+                    found.layout_version, kLayoutVersion));
+  const auto layout = checked_layout(found.ranks, found.arena_bytes);
+  if (!layout || layout->arena_bytes != found.arena_bytes)
+    throw wrong(
+        fmt::format("it claims {} ranks with arenas of {} bytes", found.ranks, found.arena_bytes));
+  if (layout->total_bytes() != size || found.total_bytes != size)
+    throw wrong(fmt::format("it has {} bytes, its header says {}", size, layout->total_bytes()));
+  return std::shared_ptr<Segment>(new Segment(std::make_unique<State>(std::move(fd), *layout)));
+}
+
+int Segment::fd() const { return state_->fd.get(); }
+int Segment::ranks() const { return static_cast<int>(state_->layout.ranks); }
+
+ControlBlock& Segment::control(int rank) {
+  LOCKSTEP_CHECK(rank >= 0 && rank < ranks());
+  return reinterpret_cast<ControlBlock*>(state_->base + state_->layout.control_offset())[rank];
+}
+
+std::atomic<std::uint32_t>& Segment::abort_word() { return state_->header().abort_word; }
+std::atomic<std::uint64_t>& Segment::failed_word() { return state_->header().failed_word; }
+
+void Segment::abort(std::string_view reason) {
+  Header& header = state_->header();
+  if (header.abort_claimed.exchange(1) == 0) header.abort_reason.set(reason);
+  // Also when another's claim stands: it may have died before it came here.
+  header.abort_word.store(1);
+  wake_all();
+}
+
+std::string Segment::abort_reason() const {
+  const Header& header = state_->header();
+  return header.abort_word.load() != 0 ? header.abort_reason.get() : "";
+}
+
+void Segment::wake_all() {
+  for (int rank = 0; rank < ranks(); ++rank) ring(control(rank).bell);
+}
+
+std::span<std::byte> Segment::allocate(int rank, std::size_t bytes, std::string_view what) {
+  auto& used_word = control(rank).arena_used;
+  const std::uint64_t used = used_word.load(std::memory_order_relaxed);
+  const std::uint64_t arena_bytes = state_->layout.arena_bytes;
+  if (used > arena_bytes || used % kAlignment != 0)
+    throw Error(fmt::format("the control block of rank {} is corrupt: {} of {} arena bytes in use",
+                            rank, used, arena_bytes));
+  if (bytes > arena_bytes - used)
+    throw Error(fmt::format(
+        "no room for {} in the arena of rank {}: {} needed, {} of {} left; hint: fewer workers or "
+        "a "
+        "smaller model",
+        what, rank, byte_text(bytes), byte_text(arena_bytes - used), byte_text(arena_bytes)));
+  if (bytes != 0) {
+    require_memory(bytes, available_memory(), what);
+    const auto offset = static_cast<off_t>(state_->layout.arena_offset(rank) + used);
+    if (::fallocate(state_->fd.get(), 0, offset, static_cast<off_t>(bytes)) != 0)
+      throw Error(fmt::format("cannot reserve {} of shared memory for {}: {}", byte_text(bytes),
+                              what, errno_text(errno)));
+  }
+  // The arena's size is a multiple of the alignment, so this stays inside.
+  used_word.store(round_up(used + bytes, kAlignment), std::memory_order_relaxed);
+  return {state_->arena(rank) + used, bytes};
+}
+
+void Segment::release(int rank, std::span<std::byte> memory) {
+  if (memory.empty()) return;
+  LOCKSTEP_CHECK(arena_owner(memory.data()) == rank);
+  const std::uint64_t start = static_cast<std::uint64_t>(memory.data() - state_->arena(rank));
+  // Whole alignment units, so that what the next owner gets there is zero again.
+  const std::uint64_t bytes = round_up(memory.size(), kAlignment);
+  ::fallocate(state_->fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+              static_cast<off_t>(state_->layout.arena_offset(rank) + start),
+              static_cast<off_t>(bytes));
+  auto& used_word = control(rank).arena_used;
+  if (used_word.load(std::memory_order_relaxed) == start + bytes)
+    used_word.store(start, std::memory_order_relaxed);
+}
+
+std::int64_t Segment::offset_of(const void* pointer) const {
+  const auto base = reinterpret_cast<std::uintptr_t>(state_->base);
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  const bool inside = address >= base + state_->layout.arenas_offset() &&
+                      address < base + state_->layout.total_bytes();
+  return inside ? static_cast<std::int64_t>(address - base) : -1;
+}
+
+int Segment::arena_owner(const void* pointer) const {
+  const std::int64_t offset = offset_of(pointer);
+  if (offset < 0) return -1;
+  return static_cast<int>((static_cast<std::uint64_t>(offset) - state_->layout.arenas_offset()) /
+                          state_->layout.arena_bytes);
+}
+
+std::byte* Segment::twin(const void* pointer, int rank) const {
+  const int owner = arena_owner(pointer);
+  LOCKSTEP_CHECK(owner >= 0 && rank >= 0 && rank < ranks());
+  return state_->arena(rank) + (static_cast<const std::byte*>(pointer) - state_->arena(owner));
+}
+
+std::span<std::byte> Segment::at(int rank, std::uint64_t offset, std::uint64_t bytes) const {
+  LOCKSTEP_CHECK(rank >= 0 && rank < ranks());
+  const std::uint64_t start = state_->layout.arena_offset(rank);
+  if (offset < start || !in_bounds(offset - start, bytes, state_->layout.arena_bytes))
+    throw Error(
+        fmt::format("rank {} named {} bytes at offset {}, outside its arena", rank, bytes, offset));
+  return {state_->base + offset, bytes};
+}
+
+}  // namespace lockstep
