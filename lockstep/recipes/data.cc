@@ -1,0 +1,59 @@
+#include <fmt/format.h>
+
+#include "lockstep/base/error.h"
+#include "lockstep/recipes/recipe.h"
+
+namespace lockstep {
+namespace {
+
+constexpr std::int64_t kImageClasses = 10;
+
+Normalization normalization_for(const Job& job, const Dataset& train) {
+  if (job.dataset.normalize == "none") return {};
+  if (job.dataset.normalize == "unit") return {{0.0f}, {255.0f}};
+  if (!train.bytes.empty()) return image_statistics(train);
+  auto [mean, deviation] = feature_statistics(train);
+  return {std::move(mean), std::move(deviation)};
+}
+
+TrainTest load_images(const Job& job) {
+  TrainTest sets = load_idx_folder(job.data, kImageClasses);
+  if (!job.dataset.classes.empty()) {
+    sets.train = select_classes(sets.train, job.dataset.classes);
+    sets.test = select_classes(sets.test, job.dataset.classes);
+  }
+  return sets;
+}
+
+TrainTest split_if_asked(const Job& job, Dataset data) {
+  if (job.split.test > 0) return split_dataset(data, job.split.test, job.split.seed);
+  return {std::move(data), {}};
+}
+
+}  // namespace
+
+RecipeData load_recipe_data(const Job& job) {
+  RecipeData loaded;
+  if (job.recipe == "linear-regression") {
+    LinearRegressionData made =
+        make_linear_regression(static_cast<std::uint64_t>(job.dataset.rows), job.dataset.features,
+                               job.dataset.noise, job.dataset.seed);
+    loaded.known_weights = std::move(made.weights);
+    loaded.known_bias = made.bias;
+    loaded.sets = split_if_asked(job, std::move(made.data));
+  } else if (job.recipe == "csv") {
+    loaded.sets = split_if_asked(
+        job, load_csv(job.data, {.target = job.dataset.target,
+                                 .classification = job.dataset.task == "classification",
+                                 .delimiter = job.dataset.delimiter[0],
+                                 .features = {}}));
+  } else {
+    loaded.sets = load_images(job);
+    if (job.split.test > 0)
+      loaded.sets = split_dataset(loaded.sets.train, job.split.test, job.split.seed);
+  }
+  loaded.normalization = normalization_for(job, loaded.sets.train);
+  return loaded;
+}
+
+}  // namespace lockstep

@@ -1,0 +1,166 @@
+#include <ATen/core/grad_mode.h>
+#include <fmt/format.h>
+#include <torch/nn/module.h>
+
+#include <cmath>
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+#include "lockstep/base/error.h"
+#include "lockstep/data/ledger.h"
+#include "lockstep/observe/event.h"
+#include "lockstep/recipes/linear_regression.h"
+#include "lockstep/recipes/loss.h"
+#include "lockstep/recipes/model.h"
+#include "lockstep/recipes/recipe.h"
+#include "lockstep/recipes/saved_model.h"
+#include "lockstep/train/events.h"
+#include "lockstep/train/snapshot.h"
+#include "lockstep/train/trainer.h"
+
+namespace lockstep {
+namespace {
+
+OptimizerOptions optimizer_options(const OptimizerSettings& settings) {
+  OptimizerOptions options{.beta1 = settings.beta1,
+                           .beta2 = settings.beta2,
+                           .eps = settings.eps,
+                           .weight_decay = settings.weight_decay};
+  if (settings.name == "adamw") {
+    options.kind = OptimizerKind::adamw;
+  } else if (settings.name != "adam") {
+    options.kind = OptimizerKind::sgd;
+    options.momentum = settings.name == "sgd" ? 0.0 : settings.momentum;
+    options.nesterov = settings.name == "nesterov";
+  }
+  return options;
+}
+
+Schedule schedule_for(const Job& job, std::int64_t steps_per_epoch) {
+  Schedule schedule{.lr = job.optimizer.lr,
+                    .min_lr = job.schedule.min_lr,
+                    .warmup_steps = job.schedule.warmup_steps,
+                    .total_steps = job.train.epochs * steps_per_epoch,
+                    .step_size = job.schedule.step_epochs * steps_per_epoch,
+                    .gamma = job.schedule.gamma};
+  if (job.train.max_steps > 0)
+    schedule.total_steps = std::min(schedule.total_steps, job.train.max_steps);
+  if (job.schedule.name == "linear") schedule.kind = Schedule::Kind::linear;
+  if (job.schedule.name == "cosine") schedule.kind = Schedule::Kind::cosine;
+  if (job.schedule.name == "step") schedule.kind = Schedule::Kind::step;
+  return schedule;
+}
+
+TrainerOptions trainer_options(const Job& job, std::vector<NamedTensor> extra_tensors) {
+  return {.epochs = job.train.epochs,
+          .max_steps = job.train.max_steps,
+          .global_batch_size = job.train.global_batch_size,
+          .virtual_ranks = static_cast<int>(job.train.virtual_ranks),
+          .seed = job.train.seed,
+          .shuffle = job.train.shuffle,
+          .clip_grad_norm = job.train.clip_grad_norm,
+          .tolerance = job.train.tolerance,
+          .tolerance_of_gradient_norm = job.train.tolerance_of == "gradient_norm",
+          .print_test_loss = job.train.print_test_loss,
+          .extra_tensors = std::move(extra_tensors)};
+}
+
+// The trained linear model's weights in the data's own units: undoes the normalisation of the
+// features.
+LinearSolution solution_of(const torch::nn::Module& module, const Normalization& normalization) {
+  LinearSolution solution;
+  const auto parameters = module.named_parameters();
+  const at::Tensor weight = parameters["layer1.weight"].detach().reshape(-1);
+  if (const at::Tensor* bias = parameters.find("layer1.bias")) solution.bias = bias->item<double>();
+  for (std::int64_t i = 0; i < weight.numel(); ++i) {
+    const auto at = normalization.mean.size() == 1 ? 0 : static_cast<std::size_t>(i);
+    const double scaled = weight.const_data_ptr<float>()[i] / double{normalization.deviation[at]};
+    solution.weights.push_back(scaled);
+    solution.bias -= scaled * normalization.mean[at];
+  }
+  return solution;
+}
+
+// How near a linear model came to the weights that its data was made from.
+void report_distance(const World& world, const RecipeData& data, const LinearSolution& found) {
+  if (world.rank() != 0 || found.weights.size() != data.known_weights.size()) return;
+  double largest = std::abs(found.bias - data.known_bias);
+  for (std::size_t i = 0; i < found.weights.size(); ++i)
+    largest = std::max(largest, std::abs(found.weights[i] - double{data.known_weights[i]}));
+  world.events().emit(
+      {{"event", "message"},
+       {"text", fmt::format("known weights found to within {:.2g} ({} weights and the bias)",
+                            largest, found.weights.size())}});
+  world.events().emit({{"event", "solution"},
+                       {"values",
+                        {{"weights", found.weights},
+                         {"bias", found.bias},
+                         {"largest_distance_from_known", largest}}}});
+}
+
+// What fit() does, for the closed form: one "epoch", one "step".
+void fit_closed_form(const World& world, const Job& job, const Dataset& train_rows,
+                     const Task& task, const BatchSource& train, const BatchSource* test,
+                     const std::vector<NamedTensor>& extra_tensors) {
+  const Clock::time_point started = Clock::now();
+  const TrainerOptions options = trainer_options(job, {});
+  PhaseTimer timer;
+  FlatModule module(*task.module);
+  std::vector<NamedTensor> tensors = module.state();
+  tensors.insert(tensors.end(), extra_tensors.begin(), extra_tensors.end());
+  Snapshots snapshots(world, tensors);
+  world.events().emit(ready_event(world, train.size(), test == nullptr ? 0 : test->size(),
+                                  module.weights().size(), 1, 1));
+  const LinearSolution solution = solve_normal_equations(world, train_rows, options.virtual_ranks);
+  for (NamedTensor& named : module.state()) {
+    float* out = named.tensor.mutable_data_ptr<float>();
+    if (named.name == "layer1.bias")
+      *out = static_cast<float>(solution.bias);
+    else
+      for (double weight : solution.weights) *out++ = static_cast<float>(weight);
+  }
+  timer.mark(Phase::optimizer);
+  if (world.rank() == 0) world.events().emit(first_step_event());
+  const Clock::time_point solved = Clock::now();
+  EpochSummary summary{.epoch = 1, .step = 1};
+  summary.train_loss = evaluate(world, task, train, options.evaluation_batch_size).loss;
+  if (test != nullptr) {
+    summary.evaluated = true;
+    summary.test_loss = evaluate(world, task, *test, options.evaluation_batch_size).loss;
+  }
+  timer.mark(Phase::evaluation);
+  if (world.rank() == 0)
+    world.events().emit(epoch_event(summary, 0.0, train.size(), seconds(solved - started),
+                                    seconds(Clock::now() - solved)));
+  snapshots.write(1);
+  world.events().emit(rank_event(world, timer, seconds(Clock::now() - started)));
+  if (world.rank() == 0) world.events().emit(finished_event("solved in closed form", 1, 1));
+}
+
+}  // namespace
+
+void run_training(const World& world, const Job& job) {
+  const RecipeData data = load_recipe_data(job);
+  const Dataset& rows = data.sets.train;
+  const Objective objective = make_objective(job.loss, rows.class_count);
+  const Model model = make_model(job.model, rows.sample_shape, objective.outputs, job.train.seed);
+  const Task task{model.module, model.forward, objective.loss, objective.correct};
+  const DatasetBatches train(rows, data.normalization, objective.target_form);
+  const DatasetBatches held_out(data.sets.test, data.normalization, objective.target_form);
+  const BatchSource* test = data.sets.test.rows > 0 ? &held_out : nullptr;
+  const std::vector<NamedTensor> extra = input_tensors(data.normalization, rows.feature_names);
+
+  if (job.optimizer.name == "closed_form") {
+    fit_closed_form(world, job, rows, task, train, test, extra);
+  } else {
+    const auto batch = static_cast<std::uint64_t>(job.train.global_batch_size);
+    const auto steps_per_epoch = static_cast<std::int64_t>((rows.rows + batch - 1) / batch);
+    Trainer(world, trainer_options(job, extra))
+        .fit(task, optimizer_options(job.optimizer), schedule_for(job, steps_per_epoch), train,
+             test);
+  }
+  if (!data.known_weights.empty() && job.model.widths.empty())
+    report_distance(world, data, solution_of(*model.module, data.normalization));
+}
+
+}  // namespace lockstep

@@ -1,0 +1,88 @@
+// lockstep-worker: what the agent starts for `lockstep train` and `lockstep predict`. Links
+// everything. Its input is the environment: the launcher's variables and LOCKSTEP_JOB, the resolved
+// job. What it has to say goes to the agent as events.
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "lockstep/base/error.h"
+#include "lockstep/cluster/environment.h"
+#include "lockstep/cluster/world.h"
+#include "lockstep/job/job.h"
+#include "lockstep/observe/event.h"
+#include "lockstep/recipes/recipe.h"
+
+namespace lockstep {
+namespace {
+
+std::string required(const Environment& environment, const char* name) {
+  const auto found = environment.find(name);
+  if (found == environment.end())
+    throw ConfigError(std::string("lockstep-worker: ") + name + " is not set",
+                      "start it through lockstep train or lockstep predict");
+  return found->second;
+}
+
+void work(const World& world, const Job& job, const std::string& command,
+          const Environment& environment) {
+  at::set_num_threads(static_cast<int>(job.workers.threads));
+  at::set_num_interop_threads(1);
+  if (command == "train")
+    run_training(world, job);
+  else
+    run_prediction(world, job, required(environment, "LOCKSTEP_WEIGHTS"),
+                   required(environment, "LOCKSTEP_PREDICT_DATA"));
+}
+
+int run(const std::string& command) {
+  const Environment environment = process_environment();
+  const Job job = parse_job(required(environment, "LOCKSTEP_JOB"), "LOCKSTEP_JOB");
+  const World world = init({.timeout = std::chrono::duration_cast<Clock::duration>(
+                                std::chrono::duration<double>(job.workers.timeout_s))});
+  const auto failed = [&](const char* kind, const std::exception& error, int status) {
+    world.events().emit(
+        {{"event", "error"}, {"rank", world.rank()}, {"kind", kind}, {"message", error.what()}});
+    return status;
+  };
+  try {
+    work(world, job, command, environment);
+    return 0;
+  } catch (const ConfigError& error) {
+    return failed("config", error, kExitBadInput);
+  } catch (const CommError& error) {
+    return failed("comm", error, kExitFailedRun);
+  } catch (const c10::Error& error) {  // libtorch's own: without its C++ stack
+    return failed("run", Error(error.what_without_backtrace()), kExitFailedRun);
+  } catch (const std::exception& error) {
+    return failed("run", error, kExitFailedRun);
+  }
+}
+
+}  // namespace
+}  // namespace lockstep
+
+int main(int argc, char** argv) {
+  const std::string command = argc == 2 ? argv[1] : "";
+  if (command != "train" && command != "predict") {
+    std::cerr << "lockstep-worker is started by lockstep train and lockstep predict\n";
+    return lockstep::kExitBadInput;
+  }
+  int status = lockstep::kExitFailedRun;
+  try {
+    status = lockstep::run(command);
+  } catch (const lockstep::ConfigError& error) {
+    std::cerr << "lockstep-worker: " << error.what() << '\n';
+    status = lockstep::kExitBadInput;
+  } catch (const std::exception& error) {
+    std::cerr << "lockstep-worker: " << error.what() << '\n';
+  }
+  // Everything is sent and synced; tearing libtorch down would only cost time.
+  std::cout.flush();
+  _exit(status);
+}

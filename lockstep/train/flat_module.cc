@@ -1,0 +1,75 @@
+#include "lockstep/train/flat_module.h"
+
+#include <ATen/ops/clone.h>
+#include <ATen/ops/zeros.h>
+
+#include <cstring>
+
+#include "lockstep/bridge/dtypes.h"
+
+namespace lockstep {
+namespace {
+
+void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
+  std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+}
+
+}  // namespace
+
+FlatModule::FlatModule(torch::nn::Module& module) {
+  parameters_ = named_parameters(module);
+  parameter_tensors_ = tensors_of(parameters_);
+  for (NamedTensor& buffer : named_buffers(module))
+    (buffer.tensor.is_floating_point() ? float_buffers_ : integer_buffers_)
+        .push_back(std::move(buffer));
+  float_buffer_tensors_ = tensors_of(float_buffers_);
+  parameter_layout_ = make_layout(parameters_);
+  buffer_layout_ = make_layout(float_buffers_);
+  storage_ = at::zeros({static_cast<std::int64_t>(parameter_layout_.total)}, at::kFloat);
+  weights_ = {storage_.mutable_data_ptr<float>(), parameter_layout_.total};
+  move_into(weights_, parameter_layout_, parameter_tensors_);
+  for (const NamedTensor& buffer : float_buffers_)
+    committed_floats_.push_back(buffer.tensor.clone());
+  for (const NamedTensor& buffer : integer_buffers_)
+    committed_integers_.push_back(buffer.tensor.clone());
+}
+
+void FlatModule::restore_buffers() {
+  for (std::size_t i = 0; i < float_buffers_.size(); ++i)
+    copy_bytes(float_buffers_[i].tensor, committed_floats_[i]);
+  for (std::size_t i = 0; i < integer_buffers_.size(); ++i)
+    copy_bytes(integer_buffers_[i].tensor, committed_integers_[i]);
+}
+
+void FlatModule::collect(std::span<float> slot) {
+  gather_gradients(parameter_tensors_, parameter_layout_, slot.first(gradient_size()));
+  copy_into(std::as_writable_bytes(slot.subspan(gradient_size())), buffer_layout_,
+            float_buffer_tensors_);
+}
+
+void FlatModule::commit_buffers(std::span<const float> sum, int count) {
+  for (std::size_t i = 0; i < float_buffers_.size(); ++i) {
+    const at::Tensor& tensor = float_buffers_[i].tensor;
+    float* out = tensor.mutable_data_ptr<float>();
+    const float* in = sum.data() + buffer_layout_.entries[i].offset;
+    for (std::int64_t j = 0; j < tensor.numel(); ++j) out[j] = in[j] / static_cast<float>(count);
+    copy_bytes(committed_floats_[i], tensor);
+  }
+  for (std::size_t i = 0; i < integer_buffers_.size(); ++i)
+    copy_bytes(committed_integers_[i], integer_buffers_[i].tensor);
+}
+
+std::vector<std::span<std::byte>> FlatModule::integer_buffers() const {
+  std::vector<std::span<std::byte>> spans;
+  for (const NamedTensor& buffer : integer_buffers_) spans.push_back(bytes_of(buffer.tensor));
+  return spans;
+}
+
+std::vector<NamedTensor> FlatModule::state() const {
+  std::vector<NamedTensor> all = parameters_;
+  all.insert(all.end(), float_buffers_.begin(), float_buffers_.end());
+  all.insert(all.end(), integer_buffers_.begin(), integer_buffers_.end());
+  return all;
+}
+
+}  // namespace lockstep

@@ -1,0 +1,56 @@
+#include "lockstep/train/snapshot.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+#include "lockstep/bridge/dtypes.h"
+#include "lockstep/memory/segment.h"
+#include "lockstep/observe/event.h"
+
+namespace lockstep {
+namespace {
+constexpr std::size_t kAlignment = 64;
+}
+
+Snapshots::Snapshots(const World& world, const std::vector<NamedTensor>& tensors)
+    : world_(world), tensors_(tensors) {
+  if (!world.has_agent() || world.segment() == nullptr) return;
+  std::size_t bytes = kAlignment;  // the sequence word
+  for (const NamedTensor& named : tensors_) {
+    offsets_.push_back(bytes);
+    bytes += (named.tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  for (int i = 0; i < 2; ++i)
+    areas_.push_back(world.segment()->allocate(world.local_rank(), bytes, "snapshot of the model"));
+}
+
+void Snapshots::write(std::int64_t epoch) {
+  if (areas_.empty() || world_.rank() != 0) return;
+  const std::span<std::byte> area = areas_[writes_ % areas_.size()];
+  const std::uint64_t sequence = 2 * ++writes_;
+  std::atomic_ref<std::uint64_t> word(*reinterpret_cast<std::uint64_t*>(area.data()));
+  word.store(sequence - 1, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_release);
+  nlohmann::json list = nlohmann::json::array();
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    const at::Tensor& tensor = tensors_[i].tensor;
+    std::byte* home = area.data() + offsets_[i];
+    std::memcpy(home, tensor.const_data_ptr(), tensor.nbytes());
+    list.push_back({{"name", tensors_[i].name},
+                    {"dtype", name_of(dtype_from(tensor.scalar_type()).value())},
+                    {"shape", tensor.sizes().vec()},
+                    {"offset", world_.segment()->offset_of(home)},
+                    {"nbytes", tensor.nbytes()}});
+  }
+  word.store(sequence, std::memory_order_release);
+  world_.events().emit({{"event", "snapshot"},
+                        {"epoch", epoch},
+                        {"sequence", sequence},
+                        {"sequence_offset", world_.segment()->offset_of(area.data())},
+                        {"tensors", std::move(list)}});
+}
+
+}  // namespace lockstep
