@@ -1,0 +1,176 @@
+"""How a run can end before its time, and what it leaves behind: no process, no half-written file."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+from harness import (LOCKSTEP, Result, Skip, contains, equal, lockstep, main, processes, report_of,
+                     run, train)
+
+ENDLESS = ["--workers", "2", "--set", "train.epochs=1000000", "--set", "dataset.rows=20000"]
+
+
+class Running:
+    """A training without end, started in the background and known to have begun."""
+
+    def __init__(self, folder, *arguments):
+        self.output = f"{folder}/out"
+        self.mark = f"LOCKSTEP_TEST_MARK={folder}"
+        self.process = subprocess.Popen(
+            [LOCKSTEP, "train", "linear-regression", "--output", self.output, *ENDLESS, *arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "LOCKSTEP_TEST_MARK": folder}, start_new_session=True)
+        self.wait_for(lambda: self.metrics(), "a line of metrics")
+
+    def wait_for(self, condition, what):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert self.process.poll() is None, f"ended early: {self.end(None)}"
+            assert time.monotonic() < deadline, f"no {what} after 60 s"
+            time.sleep(0.01)
+
+    def metrics(self):
+        for folder in (self.output, *temporary_folders(self.output)):
+            try:
+                with open(f"{folder}/metrics.jsonl") as file:
+                    return file.readlines()
+            except OSError:
+                continue
+        return []
+
+    def workers(self):
+        """The processes that train: those without children of their own."""
+        found = [pid for pid in processes(self.mark) if pid != self.process.pid]
+        return sorted(pid for pid in found if not run("pgrep", "-P", pid, code=None).out)
+
+    def end(self, code):
+        out, err = self.process.communicate(timeout=60)
+        result = Result(self.process.returncode, out, err)
+        assert code is None or result.code in code, f"expected {code}: {result}"
+        left = processes(self.mark)
+        assert not left, f"processes left behind: {left}"
+        return result
+
+
+def temporary_folders(output):
+    parent = os.path.dirname(output)
+    return [f"{parent}/{name}" for name in os.listdir(parent) if os.path.basename(output) in name]
+
+
+def whole_lines(path):
+    with open(path) as file:
+        text = file.read()
+    assert text.endswith("\n") or not text, "a line was cut"
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def ended_by(folder, number):
+    running = Running(folder)
+    os.kill(running.process.pid, number)
+    result = running.end([128 + number, -number, 1])
+    assert "Traceback" not in result.err and "terminate called" not in result.err, result
+    assert whole_lines(f"{running.output}/metrics.jsonl")
+
+
+def test_interrupt_ends_every_worker(folder):
+    ended_by(folder, signal.SIGINT)
+
+
+def test_terminate_ends_every_worker(folder):
+    ended_by(folder, signal.SIGTERM)
+
+
+def test_interrupt_of_the_whole_process_group(folder):  # what Ctrl-C in a terminal sends
+    running = Running(folder)
+    os.killpg(running.process.pid, signal.SIGINT)
+    running.end([128 + signal.SIGINT, -signal.SIGINT, 1])
+
+
+def test_a_killed_agent_takes_its_workers_along(folder):
+    running = Running(folder)
+    running.process.kill()
+    running.process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while processes(running.mark):
+        assert time.monotonic() < deadline, f"left behind: {processes(running.mark)}"
+        time.sleep(0.01)
+
+
+def test_a_killed_worker_ends_the_job_with_its_rank_and_signal(folder):
+    running = Running(folder)
+    victim = running.workers()[-1]
+    os.kill(victim, signal.SIGKILL)
+    result = running.end([1])
+    contains(result.err, "rank ", f"pid {victim}", "signal 9")
+    assert whole_lines(f"{running.output}/metrics.jsonl")
+
+
+def test_a_stopped_worker_is_missed_after_the_timeout(folder):
+    running = Running(folder, "--set", "workers.timeout_s=1")
+    victim = running.workers()[0]
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        result = running.end([1])
+    finally:
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    contains(result.err, "rank")
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_weights(folder):
+    table = f"{folder}/table.csv"
+    with open(table, "w") as file:
+        file.write("a,y\n" + "".join(f"{i % 7},{i % 5}\n" for i in range(40)))
+    result = lockstep("train", "csv", "--data", table, "--set", "dataset.target=y", "--set",
+                      "optimizer.name=sgd", "--set", "optimizer.lr=1e30", "--set",
+                      "model.widths=[]", "--workers", 2, "--set", "train.batch_size=5",
+                      "--output", f"{folder}/out", code=1)
+    contains(result.err, "step", "rank", "finite")
+    # The weights that were kept are finite and can be used.
+    lockstep("predict", f"{folder}/out", "--data", table, "--output", f"{folder}/p.csv")
+    with open(f"{folder}/p.csv") as file:
+        text = file.read()
+    assert "nan" not in text and "inf" not in text, text
+    equal(text.count("\n"), 41, "lines of predictions")
+
+
+def on_a_full_disk(folder, kilobytes, script):
+    """Runs a shell script with a small file system mounted at FOLDER/disk."""
+    os.mkdir(f"{folder}/disk")
+    mount = f"mount -t tmpfs -o size={kilobytes}k none {folder}/disk"
+    inside = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if run(*inside, mount, code=None).code != 0:
+        raise Skip("a file system cannot be mounted in a namespace of one's own here")
+    return run(*inside, f"{mount} && {script}", code=None)
+
+
+def test_full_disk(folder):
+    # The weights (784 x 512, 1.6 MB) do not fit.
+    data = f"{folder}/data"
+    from harness import make_idx_folder
+    make_idx_folder(data, train_rows=40, test_rows=10)
+    result = on_a_full_disk(folder, 600, (
+        f"{LOCKSTEP} train mnist --data {data} --epochs 1 --set 'model.widths=[512]' "
+        f"--output {folder}/disk/out; echo code $?; ls -A {folder}/disk/out"))
+    contains(result.out, "code 1")
+    contains(result.err, "No space left on device", f"{folder}/disk/out")
+    listed = result.out.split("code 1\n")[1].split("\n")
+    assert "model.safetensors" not in listed, f"half-written weights: {listed}"
+    assert not [name for name in listed if "tmp" in name], f"temporary files: {listed}"
+
+
+def test_stop_by_steps_and_tolerance(folder):
+    steps = train("linear-regression", f"{folder}/steps", "--set", "train.max_steps=3")
+    equal(len(steps["epochs"]), 1)
+    calm = train("linear-regression", f"{folder}/calm", "--set", "train.epochs=500", "--set",
+                 "train.tolerance=0.01")
+    assert 1 < len(calm["epochs"]) < 500, len(calm["epochs"])
+    equal(report_of(f"{folder}/calm"), calm)
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,0 +1,42 @@
+"""The programs of examples/, alone and under launchers."""
+
+import gzip
+import os
+import re
+import shutil
+
+from harness import BUILD, LOCKSTEP, Skip, contains, equal, main, run
+
+FASHION = "/usr/share/datasets/fashion-mnist"
+
+
+def losses(text):
+    return [float(loss) for loss in re.findall(r"epoch \d+: loss ([\d.]+)", text)]
+
+
+def test_mnist_alone_and_on_workers(_):
+    program = f"{BUILD}/example-mnist"
+    alone = run(program)
+    contains(alone.out, "on rank 0 of 1")
+    for count in (2, 3):
+        several = run(LOCKSTEP, "run", "--nproc-per-node", count, program)
+        contains(several.out, f"on rank 0 of {count}")
+        values = losses(several.out)
+        equal(len(values), 2, "epochs")
+        assert values[1] < values[0] < 2.4, values
+
+
+def test_mnist_on_fashion_mnist(folder):
+    if not os.path.isdir(FASHION):
+        raise Skip(f"no {FASHION} (Debian's dataset-fashion-mnist)")
+    for name in os.listdir(FASHION):
+        with gzip.open(f"{FASHION}/{name}") as packed:
+            with open(f"{folder}/{name.removesuffix('.gz')}", "wb") as file:
+                shutil.copyfileobj(packed, file)
+    out = run(LOCKSTEP, "run", "--nproc-per-node", 2, f"{BUILD}/example-mnist", folder, 1).out
+    (loss,) = losses(out)
+    assert loss < 0.8, loss
+
+
+if __name__ == "__main__":
+    main(globals())
