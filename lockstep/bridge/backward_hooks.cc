@@ -37,7 +37,6 @@ BackwardEnd::BackwardEnd(std::span<const NamedTensor> parameters, std::function<
     : state_(std::make_shared<State>()) {
   state_->at_end = std::move(at_end);
   for (const auto& [name, tensor] : parameters) {
-    if (!tensor.requires_grad()) continue;
     if (autograd::impl::post_acc_grad_hooks(tensor))
       throw ConfigError(
           fmt::format("the gradient of parameter '{}' already has a post-accumulate hook", name),

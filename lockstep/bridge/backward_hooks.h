@@ -16,8 +16,8 @@ namespace lockstep {
 
 class BackwardEnd {
  public:
-  // Watches the parameters that require a gradient. Throws ConfigError naming a parameter whose
-  // gradient somebody watches already: two owners would both change it.
+  // Watches the parameters, also those that require no gradient yet. Throws ConfigError naming one
+  // whose gradient somebody watches already: two owners would both change it.
   BackwardEnd(std::span<const NamedTensor> parameters, std::function<void()> at_end);
   ~BackwardEnd();
   BackwardEnd(const BackwardEnd&) = delete;

@@ -5,9 +5,11 @@
 #include <fmt/format.h>
 #include <torch/nn/module.h>
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <unordered_set>
+#include <utility>
 
 #include "lockstep/base/error.h"
 #include "lockstep/bridge/dtypes.h"
@@ -54,9 +56,13 @@ void zero_padding_after(std::span<std::byte> memory, const ParameterLayout& layo
 
 void copy_one(std::span<std::byte> memory, const ParameterLayout& layout, std::size_t entry,
               const at::Tensor& tensor) {
+  LOCKSTEP_CHECK(!tensor.defined() || tensor.sizes() == layout.entries[entry].shape,
+                 "a tensor must have its entry's shape");
   const std::span<std::byte> place = place_of(memory, layout, entry);
-  if (tensor.layout() == at::kStrided && tensor.is_contiguous() &&
-      tensor.scalar_type() == scalar_type_from(layout.dtype)) {
+  if (!tensor.defined()) {
+    std::fill(place.begin(), place.end(), std::byte{0});
+  } else if (tensor.layout() == at::kStrided && tensor.is_contiguous() &&
+             tensor.scalar_type() == scalar_type_from(layout.dtype)) {
     if (!place.empty() && tensor.const_data_ptr() != place.data())
       std::memcpy(place.data(), tensor.const_data_ptr(), place.size());
   } else {
@@ -131,30 +137,13 @@ void copy_into(std::span<std::byte> memory, const ParameterLayout& layout,
   for (std::size_t i = 0; i < tensors.size(); ++i) copy_one(memory, layout, i, tensors[i]);
 }
 
-void copy_from(std::span<std::byte> memory, const ParameterLayout& layout,
-               std::span<const at::Tensor> tensors) {
-  check_memory(memory, layout, tensors.size());
-  const at::NoGradGuard no_grad;
-  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i].copy_(view_of(memory, layout, i));
-}
-
 void gather_gradients(std::span<const at::Tensor> parameters, const ParameterLayout& layout,
                       std::span<float> slot) {
-  LOCKSTEP_CHECK(layout.dtype == Dtype::float32, "gradients are gathered as float32");
-  const std::span<std::byte> memory = std::as_writable_bytes(slot);
-  check_memory(memory, layout, parameters.size());
-  const at::NoGradGuard no_grad;
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    at::Tensor& gradient = parameters[i].mutable_grad();
-    if (gradient.defined()) {
-      copy_one(memory, layout, i, gradient);
-      gradient.reset();
-    } else {
-      const std::span<std::byte> place = place_of(memory, layout, i);
-      std::memset(place.data(), 0, place.size());
-      zero_padding_after(memory, layout, i);
-    }
-  }
+  std::vector<at::Tensor> gradients;
+  gradients.reserve(parameters.size());
+  for (const at::Tensor& parameter : parameters)
+    gradients.push_back(std::exchange(parameter.mutable_grad(), at::Tensor()));
+  copy_into(std::as_writable_bytes(slot), layout, gradients);
 }
 
 }  // namespace lockstep

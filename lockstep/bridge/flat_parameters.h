@@ -68,14 +68,13 @@ inline void move_into(std::span<float> memory, const ParameterLayout& layout,
   move_into(std::as_writable_bytes(memory), layout, tensors);
 }
 
-// Copies tensors into or from their places, padding zero; neither moves them.
+// Copies tensors into their places, an undefined one as zeros; padding becomes zero. A tensor that
+// lives in its place already costs nothing. Sparse tensors arrive dense.
 void copy_into(std::span<std::byte> memory, const ParameterLayout& layout,
                std::span<const at::Tensor> tensors);
-void copy_from(std::span<std::byte> memory, const ParameterLayout& layout,
-               std::span<const at::Tensor> tensors);
 
-// Copies each parameter's .grad into its place, an undefined one as zeros, padding as zeros, and
-// leaves every .grad undefined, so that the next backward hands over its own buffer again.
+// copy_into() for each parameter's .grad. Leaves every .grad undefined, so that the next backward
+// hands over its own buffer again.
 void gather_gradients(std::span<const at::Tensor> parameters, const ParameterLayout& layout,
                       std::span<float> slot);
 
