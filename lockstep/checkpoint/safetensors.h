@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "lockstep/base/dtype.h"
@@ -33,10 +34,14 @@ class SafetensorsFile {
  public:
   static SafetensorsFile read(const std::filesystem::path& path);
   static SafetensorsFile parse(std::vector<std::byte> bytes, std::string name_for_errors);
-  const std::vector<TensorView>& tensors() const { return tensors_; }
-  const TensorView* find(std::string_view name) const;
+  const std::vector<TensorView>& tensors() const { return tensors_; }  // sorted by name
+  const TensorView* find(std::string_view name) const;                 // nullptr: there is none
+
+  SafetensorsFile(SafetensorsFile&&) = default;  // a copy's views would point into the original
+  SafetensorsFile& operator=(SafetensorsFile&&) = default;
 
  private:
+  SafetensorsFile() = default;
   std::vector<std::byte> bytes_;
   std::vector<TensorView> tensors_;
 };

@@ -55,13 +55,12 @@ Dataset load_idx_images(const std::filesystem::path& folder_or_file);
 
 // --- CSV: a header line, then numbers. ---
 struct CsvOptions {
-  std::string target;  // column name; may be absent from the file only when target_optional
+  std::string target = {};  // column name; may be absent from the file only when target_optional
   bool classification = false;  // targets are whole numbers 0 .. class_count - 1
   bool target_optional = false;
   char delimiter = ',';
-  std::int64_t class_count = 0;  // 0: the largest class in the file + 1
-  std::vector<std::string>
-      features;  // empty: every column but the target; else these, in this order
+  std::int64_t class_count = 0;            // 0: the largest class in the file + 1
+  std::vector<std::string> features = {};  // empty: every column but the target; else in this order
 };
 // Throws ConfigError with file, line and column: ragged row, not a number, not finite, unknown
 // target (with the nearest column as a hint), no rows.

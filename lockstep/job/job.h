@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "lockstep/job/nearest.h"
+
 namespace lockstep {
 
 struct ModelSettings {
@@ -122,9 +124,6 @@ std::string to_toml(const Job& job);
 // Every key of a job file as a Markdown table: key, type, default, meaning. docs/job-file.md holds
 // it.
 std::string describe_job_keys();
-
-// The nearest of `candidates` to `word` by edit distance, or "" when none is near. For hints.
-std::string nearest(std::string_view word, const std::vector<std::string>& candidates);
 
 const std::vector<std::string>& recipe_names();
 

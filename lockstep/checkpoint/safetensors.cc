@@ -1,0 +1,180 @@
+#include "lockstep/checkpoint/safetensors.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "lockstep/base/bytes.h"
+#include "lockstep/base/error.h"
+#include "lockstep/base/file.h"
+#include "lockstep/base/hash.h"
+
+namespace lockstep {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::uint64_t kMostHeaderBytes = 100'000'000;  // the format's own limit
+constexpr std::size_t kAlignment = 64;
+constexpr std::string_view kMetadata = "__metadata__";
+
+// Bytes of a tensor, or nothing where that doesn't fit 64 bits.
+std::optional<std::uint64_t> byte_count(const std::vector<std::int64_t>& shape, Dtype dtype) {
+  std::optional<std::uint64_t> count = size_of(dtype);
+  for (const std::int64_t extent : shape)
+    if (count) count = checked_multiply(*count, static_cast<std::uint64_t>(extent));
+  return count;
+}
+
+// For messages: a name from a file, on one line and not too long.
+std::string shown(std::string_view name) {
+  return json(name.substr(0, 80)).dump(-1, ' ', true, json::error_handler_t::replace);
+}
+
+struct Entry {
+  TensorView view;
+  std::uint64_t begin = 0;
+  std::uint64_t end = 0;
+};
+
+// One tensor of the header, checked on its own. `why` receives what is wrong.
+std::optional<Entry> read_entry(const std::string& name, const json& value,
+                                std::uint64_t data_bytes, std::string& why) {
+  const auto wrong = [&](std::string text) {
+    why = std::move(text);
+    return std::nullopt;
+  };
+  const auto part = [&](const char* key) {
+    const auto found = value.is_object() ? value.find(key) : value.end();
+    return found == value.end() ? json() : *found;
+  };
+  const json dtype_name = part("dtype"), shape = part("shape"), offsets = part("data_offsets");
+  const auto is_count = [](const json& number) {
+    return number.is_number_unsigned() && number.get<std::uint64_t>() <= INT64_MAX;
+  };
+  const auto all_counts = [&](const json& list) {
+    return list.is_array() && std::all_of(list.begin(), list.end(), is_count);
+  };
+  if (!dtype_name.is_string() || !all_counts(shape) || !all_counts(offsets) || offsets.size() != 2)
+    return wrong("needs a dtype, a shape and two data_offsets");
+  const auto dtype = dtype_from_name(dtype_name.get<std::string>());
+  if (!dtype || safetensors_name_of(*dtype) != dtype_name.get<std::string>())
+    return wrong("unknown dtype " + shown(dtype_name.get<std::string>()));
+
+  Entry entry;
+  entry.view.name = name;
+  entry.view.dtype = *dtype;
+  entry.view.shape = shape.get<std::vector<std::int64_t>>();
+  entry.begin = offsets[0].get<std::uint64_t>();
+  entry.end = offsets[1].get<std::uint64_t>();
+  if (entry.begin > entry.end || entry.end > data_bytes)
+    return wrong(fmt::format("its bytes [{}, {}) lie outside the file's {} bytes of data",
+                             entry.begin, entry.end, data_bytes));
+  const auto expected = byte_count(entry.view.shape, *dtype);
+  if (!expected || *expected != entry.end - entry.begin)
+    return wrong(fmt::format("{} bytes do not fit its shape {} of {}", entry.end - entry.begin,
+                             shape.dump(), dtype_name.get<std::string>()));
+  return entry;
+}
+
+}  // namespace
+
+std::string write_safetensors(const std::filesystem::path& path, std::vector<TensorView> tensors) {
+  std::sort(tensors.begin(), tensors.end(),
+            [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
+  json header = json::object();                       // sorted by name, as the tensors are
+  std::vector<std::span<const std::byte>> pieces(2);  // length and header come last
+  std::uint64_t offset = 0;
+  for (const TensorView& tensor : tensors) {
+    LOCKSTEP_CHECK(byte_count(tensor.shape, tensor.dtype) == tensor.bytes.size(), tensor.name);
+    if (tensor.name == kMetadata || header.contains(tensor.name))
+      throw Error(fmt::format("cannot write {}: the tensor name {} is {}", path.string(),
+                              shown(tensor.name),
+                              tensor.name == kMetadata ? "reserved" : "there twice"));
+    header[tensor.name] = {{"dtype", safetensors_name_of(tensor.dtype)},
+                           {"shape", tensor.shape},
+                           {"data_offsets", {offset, offset + tensor.bytes.size()}}};
+    offset += tensor.bytes.size();
+    pieces.push_back(tensor.bytes);
+  }
+  std::string text;
+  try {
+    text = header.dump();
+  } catch (const nlohmann::json::exception&) {
+    throw Error(fmt::format("cannot write {}: a tensor's name is not UTF-8", path.string()));
+  }
+  std::byte length[8];
+  const std::size_t used = sizeof(length) + text.size();
+  text.append((kAlignment - used % kAlignment) % kAlignment, ' ');
+  write_little_endian<std::uint64_t>(text.size(), length);
+  pieces[0] = length;
+  pieces[1] = as_byte_span(text);
+  write_file_atomically(path, pieces);
+  return sha256_hex_of_file(path.string());
+}
+
+SafetensorsFile SafetensorsFile::read(const std::filesystem::path& path) {
+  std::vector<std::byte> bytes;
+  try {
+    bytes = read_file(path);
+  } catch (const Error& error) {
+    throw ConfigError(error.what());
+  }
+  return parse(std::move(bytes), path.string());
+}
+
+SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string name_for_errors) {
+  const auto bad = [&](const std::string& why) {
+    return ConfigError(fmt::format("{}: not a whole safetensors file: {}", name_for_errors, why));
+  };
+  SafetensorsFile file;
+  file.bytes_ = std::move(bytes);
+  const std::span<const std::byte> all = file.bytes_;
+  const auto length = read_little_endian<std::uint64_t>(all, 0);
+  if (!length) throw bad(fmt::format("{} bytes are too few", all.size()));
+  if (*length > kMostHeaderBytes) throw bad(fmt::format("a header of {} bytes", *length));
+  if (!in_bounds(8, *length, all.size()))
+    throw bad(fmt::format("its header should have {} bytes, {} follow", *length, all.size() - 8));
+
+  const auto* text = reinterpret_cast<const char*>(all.data()) + 8;
+  const json header = json::parse(text, text + *length, nullptr, /*allow_exceptions=*/false);
+  if (!header.is_object()) throw bad("its header is not a JSON object");
+  const std::span<const std::byte> data = all.subspan(8 + *length);
+  std::vector<Entry> entries;
+  for (const auto& [name, value] : header.items()) {
+    if (name == kMetadata) continue;
+    std::string why;
+    auto entry = read_entry(name, value, data.size(), why);
+    if (!entry) throw bad(fmt::format("tensor {}: {}", shown(name), why));
+    entry->view.bytes = data.subspan(entry->begin, entry->end - entry->begin);
+    entries.push_back(std::move(*entry));
+  }
+
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
+  });
+  std::uint64_t covered = 0;
+  for (const Entry& entry : entries) {
+    if (entry.begin != covered)
+      throw bad(fmt::format("tensor {}: {}", shown(entry.view.name),
+                            entry.begin < covered ? "overlaps another" : "follows a gap"));
+    covered = entry.end;
+  }
+  if (covered != data.size())
+    throw bad(fmt::format("{} bytes belong to no tensor", data.size() - covered));
+  for (Entry& entry : entries) file.tensors_.push_back(std::move(entry.view));
+  std::sort(file.tensors_.begin(), file.tensors_.end(),
+            [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
+  return file;
+}
+
+const TensorView* SafetensorsFile::find(std::string_view name) const {
+  const auto found =
+      std::lower_bound(tensors_.begin(), tensors_.end(), name,
+                       [](const TensorView& view, std::string_view n) { return view.name < n; });
+  return found != tensors_.end() && found->name == name ? &*found : nullptr;
+}
+
+}  // namespace lockstep
