@@ -1,0 +1,64 @@
+#include "lockstep/collective/reduce.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "lockstep/base/error.h"
+#include "lockstep/collective/kernels.h"
+
+namespace lockstep {
+namespace {
+
+constexpr std::size_t kTileElements = 1024;  // a few levels fit in the first-level cache
+
+bool is_16_bit_float(Dtype dtype) { return dtype == Dtype::float16 || dtype == Dtype::bfloat16; }
+
+}  // namespace
+
+void Reducer::run(const ReduceJob& job, std::span<const std::byte* const> slots,
+                  std::span<std::byte* const> results, std::size_t first, std::size_t last) {
+  const bool widen = job.round_once && is_16_bit_float(job.dtype);
+  const Dtype computed = widen ? Dtype::float32 : job.dtype;
+  const std::size_t element_bytes = size_of(job.dtype);
+  const std::size_t tile_bytes = kTileElements * size_of(computed);
+  const BinaryKernel kernel = binary_kernel(computed, job.reduction);
+  scratch_.resize(job.plan.stack_depth * tile_bytes);
+  stack_.resize(job.plan.stack_depth);
+
+  for (std::size_t begin = first; begin < last; begin += kTileElements) {
+    const std::size_t count = std::min(kTileElements, last - begin);
+    const std::size_t offset = begin * element_bytes;
+    std::size_t depth = 0;
+    for (const CombineStep& step : job.plan.steps) {
+      if (step.kind == CombineStep::Kind::push) {
+        const std::byte* slot = slots[step.rank] + step.slot * job.slot_bytes + offset;
+        std::byte* level = scratch_.data() + depth * tile_bytes;
+        if (widen) widen_to_float32(reinterpret_cast<float*>(level), slot, job.dtype, count);
+        stack_[depth++] = widen ? level : slot;  // unwidened operands are read where they are
+      } else {
+        --depth;
+        std::byte* level = scratch_.data() + (depth - 1) * tile_bytes;
+        kernel(level, stack_[depth - 1], stack_[depth], count);
+        stack_[depth - 1] = level;
+      }
+    }
+    LOCKSTEP_CHECK(depth == 1);
+    const std::byte* value = stack_[0];
+    if (job.reduction == Reduction::mean) {
+      // A plan of one push has left the value in the slot, which is not ours to change.
+      if (value != scratch_.data()) std::memcpy(scratch_.data(), value, count * element_bytes);
+      value = scratch_.data();
+      divide(scratch_.data(), computed, static_cast<std::int64_t>(results.size()), count);
+    }
+    for (std::byte* result : results) {
+      std::byte* out = result + offset;
+      if (widen) {
+        round_from_float32(out, reinterpret_cast<const float*>(value), job.dtype, count);
+      } else if (out != value) {
+        std::memcpy(out, value, count * element_bytes);
+      }
+    }
+  }
+}
+
+}  // namespace lockstep

@@ -1,0 +1,39 @@
+// Runs a combination plan over memory: the executor for canonical_tree.h. No state beyond its
+// scratch; one thread at a time for each Reducer.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <vector>
+
+#include "lockstep/base/dtype.h"
+#include "lockstep/collective/canonical_tree.h"
+#include "lockstep/collective/group.h"
+
+namespace lockstep {
+
+struct ReduceJob {
+  const CombinePlan& plan;
+  Dtype dtype;
+  Reduction reduction;
+  // 16-bit types: keep the whole sum in float32 and round once (all_reduce), or round after every
+  // addition, as a worker does that adds up its own slots (tree_all_reduce: the result must not
+  // depend on who adds).
+  bool round_once;
+  std::size_t slot_bytes;  // from one slot of a rank to the next
+};
+
+class Reducer {
+ public:
+  // Elements [first, last) of every result = the plan's value over the ranks' slots, divided by the
+  // number of ranks for mean. slots[r] is where rank r's slots begin. A result may be its rank's
+  // slot 0: a tile is read everywhere before it is written anywhere.
+  void run(const ReduceJob& job, std::span<const std::byte* const> slots,
+           std::span<std::byte* const> results, std::size_t first, std::size_t last);
+
+ private:
+  std::vector<std::byte> scratch_;       // one tile for each level of the stack
+  std::vector<const std::byte*> stack_;  // where each level's tile is: in scratch_ or in a slot
+};
+
+}  // namespace lockstep

@@ -1,0 +1,76 @@
+// How the ranks of one node meet: each announces a call in its control block, waits for all the
+// others', compares them, and knows that every earlier write of theirs is visible. No data moves
+// here. Owned by one group and used by one thread at a time.
+//
+// Waiting: spins briefly when every rank can have a core of its own, then sleeps on the late rank's
+// bell in slices, after each of which it looks for an abort, a failed group, a dead process and the
+// deadline.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lockstep/base/deadline.h"
+#include "lockstep/collective/call.h"
+#include "lockstep/collective/group.h"
+#include "lockstep/memory/control_block.h"
+#include "lockstep/memory/segment.h"
+
+namespace lockstep {
+
+class Rendezvous {
+ public:
+  // Throws CommError if this rank has taken part in this generation or a later one.
+  Rendezvous(std::shared_ptr<Segment> segment, int rank, const GroupOptions& options);
+  ~Rendezvous();  // tells the others that this rank is gone
+  Rendezvous(const Rendezvous&) = delete;
+  Rendezvous& operator=(const Rendezvous&) = delete;
+
+  // Opens an operation: announces `call`, waits until all ranks have announced theirs, compares.
+  // Returns everybody's, by rank; valid until the next call. Throws CommError.
+  const std::vector<CallWords>& begin(Call call, const CallOptions& options);
+  // Meets again within the operation: what each rank wrote before is visible to all after.
+  void meet();
+  void end(std::uint64_t bytes);
+  // Ends the group on all ranks, with this message. Throws CommError.
+  [[noreturn]] void fail(const std::string& what);
+  // Throws once the group is over.
+  void check_open() const;
+
+  const GroupStatistics& statistics() const { return statistics_; }
+
+ private:
+  ControlBlock& block(int rank) const { return segment_->control(rank); }
+  bool arrived(int rank) const;
+  void wait_for(int rank);
+  bool spin_for(int rank) const;
+  // Throws CommError if the job was aborted or another rank ended the group.
+  void check_ended();
+  // Throws CommError if a rank that we wait for will not come any more, or not in time.
+  // `look_at_processes`: costs system calls.
+  void check_late(Clock::time_point now, bool look_at_processes);
+  [[noreturn]] void fail_deadline();
+  [[noreturn]] void fail_mismatch();
+  [[noreturn]] void end_with(const std::string& message);
+  std::string last_seen(int rank) const;
+  std::string operation_text() const;
+
+  std::shared_ptr<Segment> segment_;
+  const int rank_;
+  const int size_;
+  const std::uint64_t generation_;
+  const Clock::duration timeout_;
+  const bool may_spin_;
+  std::uint64_t phase_;
+  std::uint64_t next_sequence_ = 0;
+
+  Call call_;  // the operation that is open or was last
+  Clock::time_point began_{};
+  Deadline deadline_ = Deadline::never();
+  std::vector<CallWords> calls_;
+  std::string over_;  // the message that ended the group
+  GroupStatistics statistics_;
+};
+
+}  // namespace lockstep
