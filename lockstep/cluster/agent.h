@@ -5,7 +5,6 @@
 #pragma once
 
 #include <functional>
-#include <map>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
@@ -27,8 +26,9 @@ struct AgentOptions {
   Environment environment;  // set over the agent's own
   std::optional<int> threads;  // OMP_NUM_THREADS; none: 1 when unset and workers > 1
   std::string master_addr = "127.0.0.1";
-  int master_port = 29500;                          // only told to the workers, never bound
-  std::shared_ptr<Segment> segment;                 // made by the caller, for `workers` ranks
+  int master_port = 29500;           // only told to the workers, never bound
+  std::shared_ptr<Segment> segment;  // made by the caller, for `workers` ranks; null: lockstep's
+                                     // own variables are not set, workers are any programs
   Clock::duration grace = std::chrono::seconds(5);  // from SIGTERM to SIGKILL when ending
 
   std::function<void(int rank, const nlohmann::json& event)> on_event;
@@ -40,7 +40,7 @@ struct AgentOptions {
 struct WorkerFailure {
   int rank = -1;
   int pid = 0;
-  std::string cause;  // "killed by signal 9 (SIGKILL)", "exited with code 3", "could not start: …"
+  std::string cause;                    // "killed by signal 9 (SIGKILL)", "exited with code 3"
   std::vector<std::string> last_words;  // the last lines of its standard error
 };
 
@@ -51,7 +51,8 @@ struct AgentResult {
 };
 
 // on_event, on_line and on_tick may throw: the workers are ended, then the exception leaves
-// run_agent().
+// run_agent(). Throws ConfigError when the program cannot be started. Takes over SIGINT, SIGTERM
+// and SIGHUP while it runs. Every child that this process gets meanwhile is ended with the workers.
 AgentResult run_agent(const AgentOptions& options);
 
 // "rank 1 (pid 4711): killed by signal 9 (SIGKILL)" followed by the last words, each on a line of

@@ -27,9 +27,9 @@ struct Place {
   int local_rank = 0;
   int local_size = 1;
   std::uint64_t generation = 0;
-  int segment_fd = -1;  // lockstep: the inherited segment
-  int event_fd = -1;    // lockstep: the pipe to the agent
-  std::string job_id;   // names the rendezvous on this node where no segment is inherited
+  int segment_fd = -1;      // lockstep: the inherited segment
+  int event_fd = -1;        // lockstep: the pipe to the agent
+  std::string job_id = {};  // names the rendezvous on this node where no segment is inherited
 };
 
 // Throws ConfigError naming the variable: missing partner, not a number, rank outside the world,

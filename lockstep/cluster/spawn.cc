@@ -1,0 +1,193 @@
+#include "lockstep/cluster/spawn.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <fstream>
+#include <sstream>
+
+#include "lockstep/base/deadline.h"
+#include "lockstep/base/error.h"
+
+namespace lockstep {
+namespace {
+
+struct Pipe {
+  UniqueFd read_end, write_end;
+};
+
+Pipe make_pipe() {
+  int ends[2];
+  if (::pipe2(ends, O_CLOEXEC) != 0)
+    throw Error("cannot start a worker: no pipe: " + errno_text(errno));
+  return {UniqueFd(ends[0]), UniqueFd(ends[1])};
+}
+
+void set_non_blocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
+
+struct ChildPlan {
+  char** arguments;
+  char** environment;
+  int parent, output, error, events, segment, status;
+};
+
+// Between fork and exec: async-signal-safe calls only.
+[[noreturn]] void become_worker(const ChildPlan& plan) {
+  ::setpgid(0, 0);
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (::getppid() != plan.parent) ::_exit(127);  // the agent died before the line above
+  for (int number = 1; number < NSIG; ++number) ::signal(number, SIG_DFL);
+  sigset_t none;
+  ::sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  const int input = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  if (input >= 0 && ::dup2(input, STDIN_FILENO) >= 0 && ::dup2(plan.output, STDOUT_FILENO) >= 0 &&
+      ::dup2(plan.error, STDERR_FILENO) >= 0) {
+    ::fcntl(plan.events, F_SETFD, 0);
+    if (plan.segment >= 0) ::fcntl(plan.segment, F_SETFD, 0);
+    ::execvpe(plan.arguments[0], plan.arguments, plan.environment);
+  }
+  const int error = errno;
+  [[maybe_unused]] const ssize_t written = ::write(plan.status, &error, sizeof error);
+  ::_exit(127);
+}
+
+// The parent's id from /proc/PID/stat: "PID (NAME) STATE PPID …", where NAME may hold anything.
+int parent_of(const char* pid) {
+  std::ifstream file(std::string("/proc/") + pid + "/stat");
+  std::string text;
+  std::getline(file, text, '\0');
+  const std::size_t name_end = text.rfind(')');
+  if (name_end == std::string::npos) return -1;
+  std::istringstream rest(text.substr(name_end + 1));
+  std::string state;
+  int parent = -1;
+  rest >> state >> parent;
+  return parent;
+}
+
+std::uint64_t counter_in(const std::string& path, std::string_view name) {
+  std::ifstream file(path);
+  std::string key;
+  for (std::uint64_t value = 0; file >> key >> value;)
+    if (key == name) return value;
+  return 0;
+}
+
+}  // namespace
+
+Spawned spawn(const std::vector<std::string>& command, Environment environment, int segment_fd) {
+  Pipe output = make_pipe(), error = make_pipe(), events = make_pipe(), status = make_pipe();
+  environment["LOCKSTEP_EVENT_FD"] = std::to_string(events.write_end.get());
+  std::vector<std::string> entries;
+  for (const auto& [name, value] : environment) entries.push_back(name + "=" + value);
+  const auto pointers = [](const std::vector<std::string>& texts) {
+    std::vector<char*> result;
+    for (const std::string& text : texts) result.push_back(const_cast<char*>(text.c_str()));
+    result.push_back(nullptr);
+    return result;
+  };
+  std::vector<char*> arguments = pointers(command), variables = pointers(entries);
+  const ChildPlan plan{
+      arguments.data(),      variables.data(),       ::getpid(), output.write_end.get(),
+      error.write_end.get(), events.write_end.get(), segment_fd, status.write_end.get()};
+
+  Spawned worker;
+  worker.pid = ::fork();
+  if (worker.pid < 0) throw Error("cannot start a worker: " + errno_text(errno));
+  if (worker.pid == 0) become_worker(plan);
+  ::setpgid(worker.pid, worker.pid);  // both sides do it: whoever comes first
+  worker.pidfd = UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, worker.pid, 0)));
+  if (!worker.pidfd) {
+    const int reason = errno;
+    ::kill(worker.pid, SIGKILL);
+    ::waitpid(worker.pid, nullptr, 0);
+    throw Error("cannot watch a worker: " + errno_text(reason));
+  }
+  worker.output = std::move(output.read_end);
+  worker.error = std::move(error.read_end);
+  worker.events = std::move(events.read_end);
+  worker.exec_status = std::move(status.read_end);
+  for (int fd : {worker.output.get(), worker.error.get(), worker.events.get()})
+    set_non_blocking(fd);
+  return worker;
+}
+
+int wait_for_exec(const Spawned& worker) {
+  int error = 0;
+  ssize_t count;
+  do count = ::read(worker.exec_status.get(), &error, sizeof error);
+  while (count < 0 && errno == EINTR);
+  return count == sizeof error ? error : 0;
+}
+
+std::vector<int> child_processes() {
+  siginfo_t info{};
+  if (::waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) != 0) return {};  // ECHILD
+  std::vector<int> children;
+  const int self = ::getpid();
+  DIR* proc = ::opendir("/proc");
+  if (proc == nullptr) return {};
+  while (const dirent* entry = ::readdir(proc)) {
+    int pid = 0;
+    const char* end = entry->d_name + ::strlen(entry->d_name);
+    const auto [stop, error] = std::from_chars(entry->d_name, end, pid);
+    if (error == std::errc() && stop == end && parent_of(entry->d_name) == self)
+      children.push_back(pid);
+  }
+  ::closedir(proc);
+  return children;
+}
+
+bool kill_children_except(const std::vector<int>& spared) {
+  const Deadline deadline = Deadline::after(std::chrono::seconds(10));
+  for (;;) {
+    std::vector<int> children = child_processes();
+    std::erase_if(children, [&](int pid) {
+      return std::find(spared.begin(), spared.end(), pid) != spared.end();
+    });
+    if (children.empty()) return true;
+    if (deadline.expired()) return false;
+    for (int pid : children) ::kill(pid, SIGKILL);
+    for (int pid : children) {
+      const UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+      pollfd ended{pidfd.get(), POLLIN, 0};
+      ::poll(&ended, 1, 1000);  // one that is stuck in the kernel may not go
+      ::waitpid(pid, nullptr, WNOHANG);
+    }
+  }
+}
+
+std::string signal_name(int signal) {
+  const char* name = ::sigabbrev_np(signal);
+  return name != nullptr ? std::string("SIG") + name : "signal " + std::to_string(signal);
+}
+
+std::uint64_t out_of_memory_kills() {
+  std::ifstream groups("/proc/self/cgroup");
+  std::uint64_t kills = 0;
+  for (std::string line; std::getline(groups, line);) {
+    const std::size_t first = line.find(':');
+    const std::size_t second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const std::string path = line.substr(second + 1);
+    if (controllers.empty())
+      kills += counter_in("/sys/fs/cgroup" + path + "/memory.events", "oom_kill");
+    else if (controllers == "memory")  // version 1
+      kills += counter_in("/sys/fs/cgroup/memory" + path + "/memory.oom_control", "oom_kill");
+  }
+  return kills;
+}
+
+}  // namespace lockstep
