@@ -220,9 +220,16 @@ struct Replica::State {
     usage.assign(1, weight);
     for (Bucket& bucket : buckets) {
       std::vector<at::Tensor> gradients;
-      for (const at::Tensor& parameter : bucket.parameters) {
-        gradients.push_back(parameter.grad());
-        usage.push_back(parameter.grad().defined() ? 1 : 0);
+      for (std::size_t i = 0; i < bucket.parameters.size(); ++i) {
+        const at::Tensor& gradient = bucket.parameters[i].grad();
+        if (gradient.defined() && gradient.requires_grad())
+          throw ConfigError(
+              fmt::format("data_parallel: the gradient of parameter '{}' has a graph of its own "
+                          "(create_graph), which averaging would cut",
+                          bucket.layout.entries[i].name),
+              "take derivatives of gradients with torch::autograd::grad");
+        gradients.push_back(gradient);
+        usage.push_back(gradient.defined() ? 1 : 0);
       }
       copy_into(bucket.memory, bucket.layout, gradients);
       if (weight == 0)
