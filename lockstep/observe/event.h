@@ -2,22 +2,22 @@
 // length and that many bytes of JSON object with a string member "event". The agent treats every
 // byte as untrusted.
 //
-// The events and their members (all times in seconds, all sizes in bytes):
-//   ready        rank, train_samples, test_samples, parameters, steps_per_epoch, epochs
-//   first_step   rank, clock               (CLOCK_MONOTONIC when the first step was committed)
-//   step         epoch, step, steps_per_epoch, loss, grad_norm, lr, samples (since start), clock
-//   (rank 0, at most 10 a s) epoch        epoch, step, train_loss, test_loss?, test_accuracy?,
-//   grad_norm, lr, samples, seconds, eval_seconds message      text                      (a line
-//   for the person; printed as it is) snapshot     epoch, sequence, sequence_offset, tensors:
-//   [{name, dtype, shape, offset, nbytes}]   (offsets in the segment) solution     values: {...}
-//   (what a recipe found out, for the report; linear regression's distance …) predictions  block,
-//   text               (CSV lines of one block of rows; blocks count from 0 over all workers) rank
-//   rank, seconds: {data, forward, backward, communication, waiting, optimizer, evaluation, other},
-//   total_s,
-//                cpu_s, peak_memory_bytes
-//   finished     reason, epochs, steps
-//   error        rank, kind: "config" | "run" | "comm", message
-// Members marked ? may be missing.
+// The events and their members (all times in seconds, all sizes in bytes; ? may be missing):
+//   ready: rank, train_samples, test_samples, parameters, steps_per_epoch, epochs
+//   first_step: rank, clock (CLOCK_MONOTONIC when the first step was committed)
+//   step: epoch, step and samples (both since the start), steps_per_epoch, loss, grad_norm, lr,
+//     clock; from rank 0, at most 10 a second
+//   epoch: epoch, step, train_loss, test_loss?, test_accuracy?, grad_norm, lr, samples, seconds,
+//     eval_seconds
+//   message: text (a line for the person; printed as it is)
+//   snapshot: epoch, sequence, sequence_offset, tensors: [{name, dtype, shape, offset, nbytes}]
+//     (offsets in the segment)
+//   solution: values: {...} (what a recipe found out, for the report)
+//   predictions: block, text (CSV lines of one block of rows; blocks count from 0 over all workers)
+//   rank: rank, seconds: {data, forward, backward, communication, waiting, optimizer, evaluation,
+//     other}, total_s, cpu_s, peak_memory_bytes
+//   finished: reason, epochs, steps
+//   error: rank, kind: "config" | "run" | "comm", message
 #pragma once
 
 #include <cstddef>

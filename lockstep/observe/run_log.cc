@@ -1,0 +1,152 @@
+#include "lockstep/observe/run_log.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "lockstep/base/error.h"
+#include "lockstep/base/file.h"
+#include "lockstep/observe/append_file.h"
+#include "lockstep/observe/run_record.h"
+#include "lockstep/observe/tensorboard.h"
+#include "lockstep/observe/words.h"
+
+namespace lockstep {
+namespace {
+
+constexpr std::string_view kClearLine = "\r\x1b[K";
+
+std::string host_name() {
+  char name[256] = {};
+  ::gethostname(name, sizeof name - 1);
+  return name;
+}
+
+std::string as_line(const nlohmann::json& value) {
+  return value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+void write_report(const std::filesystem::path& path, const nlohmann::ordered_json& report) {
+  const std::string text =
+      report.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  with_free_space_note(path, [&] { write_file_atomically(path, text); });
+}
+
+}  // namespace
+
+struct RunLog::State {
+  RunLogOptions options;
+  RunRecord run;
+  int ready = 0;
+  bool bar_shown = false;
+  std::optional<AppendFile> metrics, board;
+
+  void print(const std::string& text) {
+    if (!options.quiet) options.print(text);
+  }
+  void clear_bar() {
+    if (std::exchange(bar_shown, false)) print(std::string(kClearLine));
+  }
+  void draw_bar() {
+    if (!options.terminal || options.quiet) return;
+    print(std::string(kClearLine) + progress_line(run, options.columns));
+    bar_shown = true;
+  }
+  double wall_time() const { return options.start_time + options.clock() - options.start_clock; }
+  double total_s() const { return options.clock() - options.start_clock; }
+
+  void open_files() {
+    metrics.emplace(options.output / "metrics.jsonl");
+    board.emplace(options.output /
+                  tensorboard_file_name(options.start_time, host_name(), ::getpid()));
+    board->append(as_byte_span(tensorboard_header(wall_time())));
+    clear_bar();
+    print(describe_start(run));
+  }
+  void log_scalars(const nlohmann::json& event, bool epoch) {
+    metrics->append(as_byte_span(as_line(event)));
+    Scalars scalars;
+    const auto add = [&](const char* tag, const char* member) {
+      if (event.contains(member)) scalars.emplace_back(tag, number_in(event, member));
+    };
+    add("loss/train", epoch ? "train_loss" : "loss");
+    add("loss/test", "test_loss");
+    add("accuracy/test", "test_accuracy");
+    add("lr", "lr");
+    add("grad_norm", "grad_norm");
+    scalars.emplace_back("samples_per_s",
+                         epoch ? run.epochs.back().samples_per_s : run.samples_per_s);
+    board->append(as_byte_span(tensorboard_scalars(wall_time(), event.at("step"), scalars)));
+  }
+};
+
+RunLog::RunLog(RunLogOptions options) : state_(std::make_unique<State>()) {
+  state_->run.title = options.title;
+  state_->run.workers = options.workers;
+  state_->run.start_clock = options.start_clock;
+  state_->options = std::move(options);
+  state_->draw_bar();
+}
+
+RunLog::~RunLog() = default;
+
+bool RunLog::files_made() const { return state_->board.has_value(); }
+
+void RunLog::on_event(int, const nlohmann::json& event) {
+  State& state = *state_;
+  state.run.take(event);
+  const std::string& kind = event.at("event").get_ref<const std::string&>();
+  if (kind == "ready" && ++state.ready == state.options.workers) {
+    state.open_files();
+  } else if (kind == "step" || kind == "epoch") {
+    if (!files_made()) throw Error(kind + " reported before every worker was ready");
+    state.log_scalars(event, kind == "epoch");
+    if (kind == "epoch") print_line(epoch_line(state.run));
+  } else if (kind == "message") {
+    print_line(event.at("text").get_ref<const std::string&>());
+  }
+}
+
+void RunLog::print_line(std::string_view line) {
+  state_->clear_bar();
+  state_->print(std::string(line) + "\n");
+}
+
+void RunLog::on_tick() { state_->draw_bar(); }
+
+void RunLog::finish(const std::string& weights_sha256,
+                    const std::vector<std::filesystem::path>& files) {
+  State& state = *state_;
+  const nlohmann::ordered_json report = report_of(state.run, state.total_s(), weights_sha256);
+  const std::filesystem::path path = state.options.output / "report.json";
+  write_report(path, report);
+  if (!state.options.report_copy.empty()) write_report(state.options.report_copy, report);
+  state.clear_bar();
+  state.print(closing_tables(state.run, state.total_s()));
+  std::vector<std::filesystem::path> written = files;
+  written.insert(written.end(), {path, state.metrics->path(), state.board->path()});
+  if (!state.options.report_copy.empty()) written.push_back(state.options.report_copy);
+  std::vector<std::vector<std::string>> rows;
+  for (const std::filesystem::path& file : written) {
+    std::error_code error;
+    const auto size = std::filesystem::file_size(file, error);
+    rows.push_back({"  " + file.lexically_normal().string(), error ? "" : words_for_bytes(size)});
+  }
+  state.print("files:\n" + table_of(rows, 1));
+}
+
+void RunLog::fail(const std::string& reason, const std::string& weights_sha256) {
+  State& state = *state_;
+  state.clear_bar();
+  if (!files_made()) return;
+  nlohmann::ordered_json report = report_of(state.run, state.total_s(), weights_sha256);
+  report["failed"] = reason;
+  try {
+    write_report(state.options.output / "report.json", report);
+  } catch (const Error&) {  // the disk that is full may be why the run failed
+  }
+}
+
+}  // namespace lockstep
