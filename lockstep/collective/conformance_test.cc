@@ -1,0 +1,317 @@
+// What every group must do, run against every backend: all operations, dtypes and sizes, with 1 to
+// 8 ranks, in and outside the arena, compared with naive.h bit for bit. A new backend is one more
+// line in backends().
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "lockstep/collective/naive.h"
+#include "lockstep/collective/ranks.h"
+
+namespace lockstep {
+namespace {
+
+using ::testing::HasSubstr;
+using Body = std::function<void(Group&)>;
+
+struct Backend {
+  std::string name;
+  std::vector<int> sizes;
+  // Calls body as every rank of a group of that size.
+  std::function<void(int size, const Body& body)> run;
+};
+void PrintTo(const Backend& backend, std::ostream* out) { *out << backend.name; }
+
+void run_solo(int, const Body& body) { body(*make_solo_group({.timeout = kTestTimeout})); }
+
+void run_shm_threads(int size, const Body& body) {
+  auto segment = make_segment(size);
+  run_threads(size,
+              [&](int rank) { body(*make_shm_group(segment, rank, {.timeout = kTestTimeout})); });
+}
+
+void run_shm_processes(int size, const Body& body) {
+  Processes processes(make_segment(size));
+  for (int rank = 0; rank < size; ++rank)
+    processes.start(rank, [&body, rank](const auto& segment, const auto&) {
+      body(*make_shm_group(segment, rank, {.timeout = kTestTimeout}));
+    });
+  for (int rank = 0; rank < size; ++rank)
+    EXPECT_EQ(processes.join(rank), 0) << "rank " << rank << " of " << size;
+}
+
+std::vector<Backend> backends() {
+  return {
+    {"Solo", {1}, run_solo}, {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads},
+#if !defined(__SANITIZE_THREAD__)  // see ranks.h
+    {
+      "ShmProcesses", {1, 2, 3, 4, 8}, run_shm_processes
+    }
+#endif
+  };
+}
+
+enum class Memory { arena, ordinary, mixed };
+constexpr Memory kMemories[] = {Memory::arena, Memory::ordinary, Memory::mixed};
+constexpr Reduction kReductions[] = {Reduction::sum, Reduction::mean, Reduction::min,
+                                     Reduction::max, Reduction::product};
+constexpr std::size_t kSizes[] = {0, 1, 1037, 4099};
+// More than two staging buffers, and not a multiple of anything.
+constexpr std::size_t kLargeBytes = (9 << 20) + 4;
+
+// Memory of the kind asked for; for mixed, even ranks have arena memory.
+class Buffer {
+ public:
+  Buffer(Group& group, Memory memory, std::size_t bytes) {
+    if (memory == Memory::arena || (memory == Memory::mixed && group.rank() % 2 == 0)) {
+      bytes_ = group.allocate(bytes, "a test's buffer");
+    } else {
+      own_.resize(bytes);
+      bytes_ = own_;
+    }
+  }
+  std::span<std::byte> bytes() const { return bytes_; }
+  void set(const std::vector<std::byte>& from) {
+    std::copy(from.begin(), from.end(), bytes_.begin());
+  }
+  std::vector<std::byte> get() const { return {bytes_.begin(), bytes_.end()}; }
+
+ private:
+  std::vector<std::byte> own_;
+  std::span<std::byte> bytes_;
+};
+
+class ConformanceTest : public ::testing::TestWithParam<Backend> {
+ protected:
+  // body(group, dtype, zero of its type) for all sizes of group and dtypes.
+  template <typename TypedBody>
+  void for_all(TypedBody&& body) {
+    for (const int size : GetParam().sizes)
+      GetParam().run(size, [&](Group& group) {
+        for (int i = 0; i < kDtypeCount; ++i) {
+          const auto dtype = static_cast<Dtype>(i);
+          SCOPED_TRACE("rank " + std::to_string(group.rank()) + " of " + std::to_string(size) +
+                       ", " + std::string(name_of(dtype)));
+          naive::with_type(dtype, [&](auto zero) { body(group, dtype, zero); });
+        }
+      });
+  }
+};
+
+template <typename T>
+void check_all_reduce(Group& group, Dtype dtype, std::size_t count, Reduction reduction,
+                      Memory memory) {
+  Buffer data(group, memory, count * sizeof(T));
+  data.set(naive::inputs<T>(group.rank(), count));
+  group.all_reduce(data.bytes(), dtype, reduction, {.tag = "data"});
+  EXPECT_TRUE(data.get() == naive::reduced<T>(group.size(), count, reduction))
+      << name_of(reduction) << " of " << count;
+}
+
+template <typename T>
+void check_broadcast(Group& group, Dtype dtype, std::size_t count, int root, Memory memory) {
+  Buffer data(group, memory, count * sizeof(T));
+  data.set(naive::inputs<T>(group.rank(), count));
+  group.broadcast(data.bytes(), dtype, root);
+  EXPECT_TRUE(data.get() == naive::inputs<T>(root, count)) << count << " from " << root;
+}
+
+template <typename T>
+void check_all_gather(Group& group, Dtype dtype, std::size_t count, Memory memory, bool in_place) {
+  Buffer input(group, memory, count * sizeof(T));
+  Buffer output(group, memory, group.size() * count * sizeof(T));
+  const auto part = output.bytes().subspan(group.rank() * count * sizeof(T), count * sizeof(T));
+  const auto mine = naive::inputs<T>(group.rank(), count);
+  std::copy(mine.begin(), mine.end(), in_place ? part.begin() : input.bytes().begin());
+  group.all_gather(in_place ? part : input.bytes(), output.bytes(), dtype);
+  std::vector<std::byte> expected;
+  for (int rank = 0; rank < group.size(); ++rank) {
+    const auto theirs = naive::inputs<T>(rank, count);
+    expected.insert(expected.end(), theirs.begin(), theirs.end());
+  }
+  EXPECT_TRUE(output.get() == expected) << count;
+}
+
+TEST_P(ConformanceTest, AllReduce) {
+  for_all([]<typename T>(Group& group, Dtype dtype, T) {
+    for (const std::size_t count : kSizes)
+      for (const Reduction reduction : kReductions)
+        for (const Memory memory : kMemories)
+          check_all_reduce<T>(group, dtype, count, reduction, memory);
+  });
+}
+
+TEST_P(ConformanceTest, Broadcast) {
+  for_all([]<typename T>(Group& group, Dtype dtype, T) {
+    for (const std::size_t count : kSizes)
+      for (const Memory memory : kMemories)
+        for (int root = 0; root < group.size(); ++root)
+          check_broadcast<T>(group, dtype, count, root, memory);
+  });
+}
+
+TEST_P(ConformanceTest, AllGather) {
+  for_all([]<typename T>(Group& group, Dtype dtype, T) {
+    for (const std::size_t count : kSizes)
+      for (const Memory memory : kMemories)
+        for (const bool in_place : {false, true})
+          check_all_gather<T>(group, dtype, count, memory, in_place);
+  });
+}
+
+TEST_P(ConformanceTest, SeveralChunks) {
+  for (const int size : {1, 2, 3}) {
+    if (std::ranges::count(GetParam().sizes, size) == 0) continue;
+    GetParam().run(size, [](Group& group) {
+      for (const Memory memory : {Memory::ordinary, Memory::mixed}) {
+        check_all_reduce<float>(group, Dtype::float32, kLargeBytes / 4, Reduction::sum, memory);
+        check_broadcast<double>(group, Dtype::float64, kLargeBytes / 8, group.size() - 1, memory);
+        check_all_gather<double>(group, Dtype::float64, kLargeBytes / 8, memory, false);
+      }
+    });
+  }
+}
+
+// Each worker adds up its own virtual ranks as the plan says, rounding to the dtype each time.
+template <typename T>
+void check_tree(Group& group, Dtype dtype, int virtual_ranks, std::size_t count,
+                bool result_apart) {
+  TreeLayout layout{partition_virtual_ranks(virtual_ranks, group.size()), virtual_ranks};
+  const VirtualRange run = layout.runs[group.rank()];
+  const AccumulatePlan plan = plan_accumulation(run, virtual_ranks);
+  auto slots = group.allocate(plan.slots * count * sizeof(T), "slots");
+  auto result =
+      result_apart ? group.allocate(count * sizeof(T), "result") : slots.first(count * sizeof(T));
+  const auto element = [&](int slot, std::size_t i) {
+    return slots.data() + (slot * count + i) * sizeof(T);
+  };
+  int top = 0;
+  for (const AccumulateStep& step : plan.steps) {
+    const auto contribution = naive::inputs<T>(step.virtual_rank, count);
+    std::copy(contribution.begin(), contribution.end(), element(step.slot, 0));
+    top = step.slot;
+    for (int merge = 0; merge < step.merges; ++merge, --top)
+      for (std::size_t i = 0; i < count; ++i) {
+        T a, b;
+        std::memcpy(&a, element(top - 1, i), sizeof(T));
+        std::memcpy(&b, element(top, i), sizeof(T));
+        const T sum = naive::narrow<T>(naive::widen(a) + naive::widen(b));
+        std::memcpy(element(top - 1, i), &sum, sizeof(T));
+      }
+  }
+  group.tree_all_reduce(slots, result, dtype, layout, {.tag = "gradients"});
+  const auto expected = naive::reduced<T>(virtual_ranks, count, Reduction::sum, false);
+  EXPECT_TRUE(std::equal(result.begin(), result.end(), expected.begin(), expected.end()))
+      << virtual_ranks << " virtual ranks, " << count << " elements";
+}
+
+TEST_P(ConformanceTest, TreeAllReduceGivesTheSameBitsForEveryNumberOfWorkers) {
+  for_all([]<typename T>(Group& group, Dtype dtype, T) {
+    if constexpr (!std::is_integral_v<T>) {
+      for (int virtual_ranks = group.size(); virtual_ranks <= 9; ++virtual_ranks)
+        for (const std::size_t count : kSizes)
+          check_tree<T>(group, dtype, virtual_ranks, count, count % 2 == 0 || virtual_ranks == 7);
+    }
+  });
+}
+
+TEST_P(ConformanceTest, ManyMixedOperationsInARow) {
+  const int size = GetParam().sizes.size() > 1 ? 3 : 1;
+  GetParam().run(size, [](Group& group) {
+    for (std::uint64_t i = 0; i < 1000; ++i) {
+      const std::uint64_t random = mix({i, 5});
+      const std::size_t count = (random >> 8) % 300;
+      const Memory memory = kMemories[(random >> 20) % 2];  // allocate() makes no calls of its own
+      switch (random % 4) {
+        case 0:
+          group.barrier({.tag = "in between"});
+          break;
+        case 1:
+          check_all_reduce<float>(group, Dtype::float32, count, kReductions[(random >> 4) % 5],
+                                  memory);
+          break;
+        case 2:
+          check_broadcast<std::int64_t>(group, Dtype::int64, count,
+                                        static_cast<int>((random >> 4) % group.size()), memory);
+          break;
+        default:
+          check_all_gather<std::int8_t>(group, Dtype::int8, count, memory, random % 8 == 3);
+      }
+    }
+    EXPECT_EQ(group.generation(), 0u);
+  });
+}
+
+TEST_P(ConformanceTest, AllocatedMemoryIsAlignedAndZeroed) {
+  GetParam().run(GetParam().sizes.back(), [](Group& group) {
+    for (const std::size_t bytes : {0, 1, 100, 70'000}) {
+      auto memory = group.allocate(bytes, "memory");
+      ASSERT_EQ(memory.size(), bytes);
+      EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory.data()) % 64, 0u);
+      EXPECT_TRUE(std::ranges::all_of(memory, [](std::byte byte) { return byte == std::byte{0}; }));
+      std::ranges::fill(memory, std::byte{1});
+    }
+  });
+}
+
+TEST_P(ConformanceTest, StatisticsCountOperationsAndBytes) {
+  GetParam().run(GetParam().sizes.back(), [](Group& group) {
+    const GroupStatistics before = group.statistics();
+    std::vector<std::byte> data(12);
+    group.all_reduce(data, Dtype::float32, Reduction::sum);
+    group.barrier();
+    const GroupStatistics after = group.statistics();
+    EXPECT_EQ(after.operations, before.operations + 2);
+    EXPECT_EQ(after.bytes, before.bytes + 12);
+    EXPECT_GE(after.total, after.waiting);
+  });
+}
+
+// Refused before anything is announced: the group lives on.
+TEST_P(ConformanceTest, WrongArgumentsAreRefused) {
+  GetParam().run(GetParam().sizes.back(), [](Group& group) {
+    std::vector<std::byte> data(16 * group.size());
+    const std::span<std::byte> all(data);
+    auto arena = group.allocate(1024, "memory");
+    const TreeLayout tree{partition_virtual_ranks(8, group.size()), 8};
+    TreeLayout gap = tree;
+    gap.runs[0].lo = 1;
+    const std::vector<std::pair<std::string, std::function<void()>>> wrong = {
+        {"all_reduce: 7 bytes are no whole number of float32 elements",
+         [&] { group.all_reduce(all.first(7), Dtype::float32, Reduction::sum); }},
+        {"root 8 in a group", [&] { group.broadcast(all, Dtype::int8, 8); }},
+        {"root -1 in a group", [&] { group.broadcast(all, Dtype::int8, -1); }},
+        {"output has", [&] { group.all_gather(all.first(15), all, Dtype::int8); }},
+        {"overlaps",
+         [&] {
+           auto output = arena.first(16 * group.size());
+           group.all_gather(arena.subspan(16 * group.rank() + 1, 16), output, Dtype::int8);
+         }},
+        {"int32 is not floating point",
+         [&] { group.tree_all_reduce(arena, arena.first(8), Dtype::int32, tree); }},
+        {"do not fit in slots",
+         [&] { group.tree_all_reduce(arena.first(4), arena.first(8), Dtype::float32, tree); }},
+        {"should begin at virtual rank 0",
+         [&] { group.tree_all_reduce(arena, arena.first(8), Dtype::float32, gap); }},
+        {"of 9 virtual ranks",
+         [&] {
+           group.tree_all_reduce(arena, arena.first(8), Dtype::float32, {tree.runs, 9});
+         }},
+        {"runs for",
+         [&] {
+           group.tree_all_reduce(arena, arena.first(8), Dtype::float32, {{}, 8});
+         }},
+        {"not at their beginning",
+         [&] { group.tree_all_reduce(arena, arena.subspan(4, 8), Dtype::float32, tree); }},
+    };
+    for (const auto& [text, call] : wrong) EXPECT_THAT(error_of(call), HasSubstr(text));
+    group.barrier();
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ConformanceTest, ::testing::ValuesIn(backends()),
+                         [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace lockstep
