@@ -46,7 +46,7 @@ void train(Dataset dataset, int epochs) {
     double sum = 0;
     for (auto& batch : *loader) {
       optimizer.zero_grad();
-      auto loss = torch::cross_entropy_loss(model->forward(batch.data), batch.target);
+      torch::Tensor loss = torch::cross_entropy_loss(model->forward(batch.data), batch.target);
       loss.backward();
       optimizer.step();
       sum += loss.item<double>();
