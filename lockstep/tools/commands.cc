@@ -1,0 +1,56 @@
+#include "lockstep/tools/commands.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "lockstep/base/deadline.h"
+#include "lockstep/base/file.h"
+#include "lockstep/cluster/spawn.h"
+#include "lockstep/job/nearest.h"
+
+namespace lockstep {
+
+Interrupted::Interrupted(int signal)
+    : Error("ended by signal " + std::to_string(signal) + " (" + signal_name(signal) + ")"),
+      signal_(signal) {}
+
+std::string both_spellings(std::string_view name) {
+  std::string underscores(name);
+  std::replace(underscores.begin() + 2, underscores.end(), '-', '_');
+  return underscores == name ? underscores : std::string(name) + "," + underscores;
+}
+
+bool parse_arguments(CLI::App& app, const std::vector<std::string>& arguments) {
+  const auto usage = [&] { return app.get_name() + " --help explains"; };
+  app.allow_extras();
+  try {
+    app.parse(std::vector<std::string>(arguments.rbegin(), arguments.rend()));  // from the back
+  } catch (const CLI::CallForHelp&) {
+    print(app.help());
+    return false;
+  } catch (const CLI::ParseError& error) {
+    std::string message = error.what();
+    std::replace(message.begin(), message.end(), '\n', ' ');
+    throw ConfigError(message, usage());
+  }
+  const std::vector<std::string> extras = app.remaining();
+  if (extras.empty() || (app.get_prefix_command() && !extras[0].starts_with('-'))) return true;
+  if (app.get_prefix_command() && extras[0] == "--") return true;
+  const std::string word = extras[0].substr(0, extras[0].find('='));
+  if (!word.starts_with('-'))
+    throw ConfigError(fmt::format("unexpected argument {}", extras[0]), usage());
+  std::vector<std::string> known;
+  for (const CLI::Option* option : app.get_options())
+    for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
+  const std::string near = nearest(word, known);
+  throw ConfigError("unknown flag " + word, near.empty() ? usage() : "did you mean " + near + "?");
+}
+
+double monotonic_seconds() { return seconds(Clock::now().time_since_epoch()); }
+
+void print(std::string_view text) { write_all(STDOUT_FILENO, as_byte_span(text)); }
+void print_error(std::string_view text) { write_all(STDERR_FILENO, as_byte_span(text)); }
+
+}  // namespace lockstep

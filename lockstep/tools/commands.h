@@ -1,0 +1,47 @@
+// The commands of `lockstep`, one file each, and what they share: flags, the program's start,
+// messages. One thread.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lockstep/base/error.h"
+
+namespace lockstep {
+
+// When the program started.
+struct Start {
+  double clock = 0;  // CLOCK_MONOTONIC, seconds
+  double time = 0;   // since 1970, seconds
+};
+
+// Each takes the words after the command's name and returns the exit code. They throw ConfigError
+// (exit code 2), Error (1) and Interrupted.
+int run_command(const std::vector<std::string>& arguments, const Start& start);
+int train_command(const std::vector<std::string>& arguments, const Start& start);
+int predict_command(const std::vector<std::string>& arguments, const Start& start);
+
+// A signal ended the command from outside. Exit code 128 + signal.
+class Interrupted : public Error {
+ public:
+  explicit Interrupted(int signal);
+  int signal() const { return signal_; }
+
+ private:
+  int signal_;
+};
+
+// "--name" in torchrun's two spellings: "--nproc-per-node,--nproc_per_node".
+std::string both_spellings(std::string_view name);
+// False if help was asked for and printed. Throws ConfigError; an unknown flag gets the nearest
+// known one as its hint.
+bool parse_arguments(CLI::App& app, const std::vector<std::string>& arguments);
+
+double monotonic_seconds();
+// Both ignore what cannot be written: the files are the result, a closed terminal is no failure.
+void print(std::string_view text);        // to standard output, at once
+void print_error(std::string_view text);  // to standard error
+
+}  // namespace lockstep

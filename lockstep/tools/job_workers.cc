@@ -1,0 +1,72 @@
+#include "lockstep/tools/job_workers.h"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "lockstep/cluster/agent.h"
+#include "lockstep/tools/commands.h"
+
+namespace lockstep {
+namespace {
+
+std::string worker_program() {
+  std::error_code error;
+  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
+  const std::filesystem::path program = self.parent_path() / "lockstep-worker";
+  if (error || !std::filesystem::exists(program, error))
+    throw Error(
+        fmt::format("there is no {}: it belongs beside lockstep (a build without libtorch "
+                    "has none)",
+                    program.string()));
+  return program.string();
+}
+
+struct Report {
+  int rank = -1;
+  std::string message;
+};
+
+[[noreturn]] void throw_cause(const AgentResult& result,
+                              const std::map<std::string, Report>& errors) {
+  const auto reported = [&](const char* kind) -> const Report* {
+    const auto found = errors.find(kind);
+    return found == errors.end() ? nullptr : &found->second;
+  };
+  if (const Report* config = reported("config")) throw ConfigError(config->message);
+  if (const Report* run = reported("run")) throw Error(run->message);
+  if (result.signal != 0) throw Interrupted(result.signal);
+  LOCKSTEP_CHECK(result.failure.has_value());
+  const Report* comm = reported("comm");
+  if (comm != nullptr && comm->rank == result.failure->rank)
+    throw Error(
+        fmt::format("rank {} (pid {}): {}", comm->rank, result.failure->pid, comm->message));
+  throw Error(describe(*result.failure));
+}
+
+}  // namespace
+
+void run_worker_job(const WorkerJob& job) {
+  AgentOptions options;
+  options.workers = static_cast<int>(job.job.workers.count);
+  options.command = {worker_program(), job.command};
+  options.environment = job.environment;
+  options.environment["LOCKSTEP_JOB"] = to_toml(job.job);
+  options.threads = static_cast<int>(job.job.workers.threads);
+  options.segment = job.segment;
+  options.on_line = job.on_line;
+  options.on_tick = job.on_tick;
+  std::map<std::string, Report> errors;  // by kind, the first of each
+  options.on_event = [&](int rank, const nlohmann::json& event) {
+    if (event.at("event") == "error")
+      errors.try_emplace(event.at("kind"), Report{rank, event.at("message")});
+    else
+      job.on_event(rank, event);
+  };
+  const AgentResult result = run_agent(options);
+  if (!result.ok) throw_cause(result, errors);
+}
+
+}  // namespace lockstep

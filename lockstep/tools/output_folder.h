@@ -1,0 +1,39 @@
+// The folder of a training run. Made early, so that a folder that cannot be written is refused
+// before any work; filled only by begin(). A run that fails before leaves nothing: what was made
+// for it goes again. One thread.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace lockstep {
+
+class OutputFolder {
+ public:
+  // Throws ConfigError: it exists (unless empty, or `overwrite` and an earlier run's), cannot be
+  // made, cannot be written to.
+  static OutputFolder at(const std::filesystem::path& path, bool overwrite);
+  // PARENT/NAME-N with the first free N.
+  static OutputFolder next_free(const std::filesystem::path& parent, const std::string& name);
+
+  OutputFolder(OutputFolder&&) = default;
+  OutputFolder& operator=(OutputFolder&&) = delete;
+  ~OutputFolder();
+
+  const std::filesystem::path& path() const { return path_; }
+  // Removes the files of an earlier run and writes job.toml. Throws Error.
+  void begin(const std::string& job);
+
+ private:
+  explicit OutputFolder(std::filesystem::path path) : path_(std::move(path)) {}
+  void make(const std::filesystem::path& folder);
+
+  std::filesystem::path path_;
+  std::vector<std::filesystem::path> made_;  // folders, outermost first; until begin()
+};
+
+// Throws ConfigError unless a file could be made at `path` (given by `flag`).
+void check_writable_place(const std::filesystem::path& path, const std::string& flag);
+
+}  // namespace lockstep

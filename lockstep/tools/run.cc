@@ -1,0 +1,140 @@
+// lockstep run: torchrun for any program.
+#include <fmt/format.h>
+#include <netinet/in.h>
+#include <sched.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <charconv>
+
+#include "lockstep/base/file.h"
+#include "lockstep/cluster/agent.h"
+#include "lockstep/memory/segment.h"
+#include "lockstep/tools/commands.h"
+
+namespace lockstep {
+namespace {
+
+struct RunFlags {
+  std::string workers = "1", nodes = "1";
+  int node_rank = 0, max_restarts = 0;
+  std::string master_addr = "127.0.0.1", role = "default", rdzv_id;
+  int master_port = 0;  // 0: a free one
+  std::string log_dir, tee, redirects, unused;
+  bool standalone = false, no_python = false;
+};
+
+void add_flags(CLI::App& app, RunFlags& flags) {
+  const auto add = [&](const char* name, auto& value, const char* meaning) {
+    return app.add_option(both_spellings(name), value, meaning)->capture_default_str();
+  };
+  add("--nproc-per-node", flags.workers, "workers: a number, or auto or cpu for one a core");
+  add("--nnodes", flags.nodes, "nodes; only 1 in this version");
+  add("--node-rank", flags.node_rank, "only 0");
+  add("--max-restarts", flags.max_restarts, "only 0");
+  add("--master-addr", flags.master_addr, "told to the workers as MASTER_ADDR");
+  add("--master-port", flags.master_port, "told to the workers as MASTER_PORT; 0: a free one");
+  add("--role", flags.role, "told to the workers as ROLE_NAME");
+  add("--rdzv-id", flags.rdzv_id, "told to the workers as TORCHELASTIC_RUN_ID");
+  app.add_flag("--standalone", flags.standalone, "accepted: it is always so on one node");
+  app.add_flag(both_spellings("--no-python"), flags.no_python,
+               "accepted: PROGRAM is always started as it is");
+  for (const char* name : {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-conf", "--monitor-interval",
+                           "--start-method", "--local-addr"})
+    add(name, flags.unused, "accepted for torchrun's sake, without meaning here");
+  add("--log-dir", flags.log_dir, "not in this version")->group("");
+  add("--tee", flags.tee, "not in this version")->group("");
+  add("--redirects", flags.redirects, "not in this version")->group("");
+}
+
+int worker_count(const std::string& text) {
+  if (text == "auto" || text == "cpu") {
+    cpu_set_t cores;
+    return ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
+  }
+  int count = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
+  if (error != std::errc() || end != text.data() + text.size() || count < 1 ||
+      count > kMaxLocalRanks)
+    throw ConfigError(
+        fmt::format("--nproc-per-node {} is not a number from 1 to {}", text, kMaxLocalRanks),
+        "a number, or auto or cpu for one worker a core");
+  return count;
+}
+
+void refuse_what_is_missing(const RunFlags& flags) {
+  if (flags.nodes != "1" && flags.nodes != "1:1")
+    throw ConfigError(fmt::format("--nnodes {}: this version runs on one node", flags.nodes),
+                      "leave it out");
+  if (flags.node_rank != 0)
+    throw ConfigError(fmt::format("--node-rank {}: this version runs on one node", flags.node_rank),
+                      "leave it out");
+  if (flags.max_restarts != 0)
+    throw ConfigError(
+        fmt::format("--max-restarts {}: this version does not restart workers", flags.max_restarts),
+        "leave it out");
+  for (const auto& [name, value] : {std::pair{"--log-dir", flags.log_dir},
+                                    {"--tee", flags.tee},
+                                    {"--redirects", flags.redirects}})
+    if (!value.empty())
+      throw ConfigError(fmt::format("{}: this version keeps no log files", name),
+                        "redirect the output of lockstep run: each line carries its rank");
+  if (flags.master_port < 0 || flags.master_port > 65535)
+    throw ConfigError(fmt::format("--master-port {} is not a port", flags.master_port),
+                      "a number from 0 to 65535");
+}
+
+// A port that is free now. Only told to the workers; theirs to bind.
+int free_port() {
+  const UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof address;
+  if (!fd || ::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), length) != 0 ||
+      ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &length) != 0)
+    throw Error("no free port for MASTER_PORT: " + errno_text(errno));
+  return ntohs(address.sin_port);
+}
+
+void pass_on(int rank, bool error, std::string_view line) {
+  const std::string text = fmt::format("[rank {}] {}\n", rank, line);
+  if (const int reason = write_all(error ? STDERR_FILENO : STDOUT_FILENO, as_byte_span(text)))
+    throw Error(fmt::format("cannot write to standard {}: {}", error ? "error" : "output",
+                            errno_text(reason)));
+}
+
+}  // namespace
+
+int run_command(const std::vector<std::string>& arguments, const Start&) {
+  CLI::App app(
+      "Starts a program on several workers: torchrun's flags and environment. What its\n"
+      "workers print carries their rank; the death of one ends all.",
+      "lockstep run");
+  RunFlags flags;
+  add_flags(app, flags);
+  app.prefix_command();
+  if (!parse_arguments(app, arguments)) return 0;
+  refuse_what_is_missing(flags);
+  std::vector<std::string> command = app.remaining();
+  if (!command.empty() && command[0] == "--") command.erase(command.begin());
+  if (command.empty())
+    throw ConfigError("no program given", "lockstep run --nproc-per-node 2 ./my_program");
+
+  AgentOptions options;
+  options.workers = worker_count(flags.workers);
+  options.command = command;
+  options.environment["ROLE_NAME"] = flags.role;
+  if (!flags.rdzv_id.empty()) options.environment["TORCHELASTIC_RUN_ID"] = flags.rdzv_id;
+  options.master_addr = flags.master_addr;
+  options.master_port = flags.master_port != 0 ? flags.master_port : free_port();
+  options.segment = Segment::create({.ranks = options.workers});
+  options.on_line = pass_on;
+  const AgentResult result = run_agent(options);
+  if (result.signal != 0) throw Interrupted(result.signal);
+  if (result.failure) throw Error(describe(*result.failure));
+  return 0;
+}
+
+}  // namespace lockstep

@@ -1,0 +1,170 @@
+// lockstep train: a recipe or a job file, trained on several workers.
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+
+#include "lockstep/job/job.h"
+#include "lockstep/observe/run_log.h"
+#include "lockstep/tools/commands.h"
+#include "lockstep/tools/job_workers.h"
+#include "lockstep/tools/output_folder.h"
+#include "lockstep/tools/snapshot_saver.h"
+
+namespace lockstep {
+namespace {
+
+struct TrainFlags {
+  std::string name, workers, threads, epochs, data, output, report;
+  std::vector<std::string> settings;
+  bool quiet = false, overwrite = false;
+};
+
+void add_flags(CLI::App& app, TrainFlags& flags) {
+  app.add_option("NAME", flags.name,
+                 fmt::format("a job file, or a recipe: {}", fmt::join(recipe_names(), ", ")));
+  app.add_option("--workers", flags.workers, "processes (workers.count)");
+  app.add_option("--threads", flags.threads, "of each worker (workers.threads)");
+  app.add_option("--epochs", flags.epochs, "passes over the data (train.epochs)");
+  app.add_option("--data", flags.data, "folder or file with the data");
+  app.add_option("--set", flags.settings, "KEY=VALUE: any setting of the job file; repeatable")
+      ->take_all()
+      ->expected(1);
+  app.add_option("--output", flags.output, "folder for what is written; default runs/NAME-N");
+  app.add_option("--report", flags.report, "a second copy of report.json");
+  app.add_flag("--quiet", flags.quiet, "print nothing");
+  app.add_flag("--overwrite", flags.overwrite, "replace the run in the output folder");
+}
+
+// As a TOML string, so that a folder named 12 stays a name.
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (const char c : text) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
+      result += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
+    else
+      result += (c == '"' || c == '\\' ? std::string("\\") : std::string()) + c;
+  }
+  return result + "\"";
+}
+
+std::vector<Override> overrides_of(const TrainFlags& flags) {
+  std::vector<Override> overrides;
+  for (const std::string& setting : flags.settings) {
+    const std::size_t equals = setting.find('=');
+    if (equals == std::string::npos || equals == 0)
+      throw ConfigError(fmt::format("--set {} is not KEY=VALUE", setting),
+                        "--set optimizer.lr=1e-4");
+    overrides.push_back({setting.substr(0, equals), setting.substr(equals + 1), "--set"});
+  }
+  const auto add = [&](const char* key, const std::string& value, const char* flag) {
+    if (!value.empty()) overrides.push_back({key, value, flag});
+  };
+  add("workers.count", flags.workers, "--workers");
+  add("workers.threads", flags.threads, "--threads");
+  add("train.epochs", flags.epochs, "--epochs");
+  if (!flags.data.empty()) add("data", quoted(flags.data), "--data");
+  return overrides;
+}
+
+std::string title_of(const Job& job) {
+  std::string model = job.model.name;
+  if (model == "mlp") model += fmt::format(" {}", fmt::join(job.model.widths, "-"));
+  while (model.ends_with(' ')) model.pop_back();
+  return fmt::format("{}: {}, {} {:g}, {} worker{}, batches of {}", job.recipe, model,
+                     job.optimizer.name, job.optimizer.lr, job.workers.count,
+                     job.workers.count == 1 ? "" : "s", job.train.global_batch_size);
+}
+
+int terminal_columns() {
+  winsize size{};
+  if (::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) return size.ws_col;
+  const char* columns = std::getenv("COLUMNS");
+  const int count = columns != nullptr ? std::atoi(columns) : 0;
+  return count > 0 ? count : 80;
+}
+
+bool on_a_terminal() {
+  const char* kind = std::getenv("TERM");
+  return ::isatty(STDOUT_FILENO) == 1 && (kind == nullptr || std::string_view(kind) != "dumb");
+}
+
+OutputFolder folder_for(const Job& job, const TrainFlags& flags) {
+  const std::string& path = flags.output.empty() ? job.output : flags.output;
+  return path.empty() ? OutputFolder::next_free("runs", job.recipe)
+                      : OutputFolder::at(path, flags.overwrite);
+}
+
+void train(const Job& job, const TrainFlags& flags, const Start& start) {
+  OutputFolder folder = folder_for(job, flags);
+  if (!flags.report.empty()) check_writable_place(flags.report, "--report");
+  const int workers = static_cast<int>(job.workers.count);
+  WorkerJob run;
+  run.command = "train";
+  run.job = job;
+  run.segment = Segment::create({.ranks = workers});
+  SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);
+  RunLog log({.output = folder.path(),
+              .report_copy = flags.report,
+              .quiet = flags.quiet,
+              .terminal = on_a_terminal(),
+              .columns = terminal_columns(),
+              .workers = workers,
+              .start_clock = start.clock,
+              .start_time = start.time,
+              .title = title_of(job),
+              .clock = monotonic_seconds,
+              .print = print});
+  int ready = 0;
+  run.on_event = [&](int rank, const nlohmann::json& event) {
+    if (event.at("event") == "ready" && ++ready == workers) folder.begin(to_toml(job));
+    if (event.at("event") == "snapshot") snapshots.take(rank, event);
+    log.on_event(rank, event);
+  };
+  run.on_line = [&](int rank, bool error, std::string_view line) {
+    const std::string text = fmt::format("[rank {}] {}", rank, line);
+    if (error)
+      print_error(text + "\n");
+    else
+      log.print_line(text);
+  };
+  run.on_tick = [&] {
+    if (log.files_made()) snapshots.save();
+    log.on_tick();
+  };
+  try {
+    run_worker_job(run);
+    if (!log.files_made()) throw Error("the workers ended without having trained");
+    snapshots.save();
+    if (snapshots.sha256().empty()) throw Error("the workers ended without a model");
+    log.finish(snapshots.sha256(), {folder.path() / "job.toml", snapshots.file()});
+  } catch (const Error& error) {
+    std::string reason = error.what();
+    try {
+      if (log.files_made()) snapshots.save();  // the last good one, however the job ended
+    } catch (const std::exception& also) {
+      if (reason != also.what()) print_error(fmt::format("lockstep: {}\n", also.what()));
+    }
+    log.fail(reason, snapshots.sha256());
+    throw;
+  }
+}
+
+}  // namespace
+
+int train_command(const std::vector<std::string>& arguments, const Start& start) {
+  CLI::App app("Trains a recipe or a job file on several workers.", "lockstep train");
+  TrainFlags flags;
+  add_flags(app, flags);
+  if (!parse_arguments(app, arguments)) return 0;
+  if (flags.name.empty())
+    throw ConfigError("lockstep train: no recipe and no job file given",
+                      fmt::format("a job file, or one of {}", fmt::join(recipe_names(), ", ")));
+  train(resolve_job(flags.name, overrides_of(flags)), flags, start);
+  return 0;
+}
+
+}  // namespace lockstep
