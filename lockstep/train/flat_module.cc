@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
+#include <memory>
 
 #include "lockstep/bridge/dtypes.h"
 
@@ -27,7 +28,8 @@ FlatModule::FlatModule(torch::nn::Module& module) {
   buffer_layout_ = make_layout(float_buffers_);
   storage_ = at::zeros({static_cast<std::int64_t>(parameter_layout_.total)}, at::kFloat);
   weights_ = {storage_.mutable_data_ptr<float>(), parameter_layout_.total};
-  move_into(weights_, parameter_layout_, parameter_tensors_);
+  move_into(std::as_writable_bytes(weights_), parameter_layout_, parameter_tensors_,
+            std::make_shared<at::Tensor>(storage_));  // the module may outlive this
   for (const NamedTensor& buffer : float_buffers_)
     committed_floats_.push_back(buffer.tensor.clone());
   for (const NamedTensor& buffer : integer_buffers_)

@@ -2,7 +2,7 @@
 // what one virtual rank contributes to a step as one run of fp32: its gradients, then its float
 // buffers (batch norm's running statistics), to be summed over the canonical tree as a whole.
 //
-// The module must outlive this. One thread.
+// The module keeps the memory alive, and must outlive this. One thread.
 #pragma once
 
 #include <ATen/core/Tensor.h>
