@@ -67,7 +67,7 @@ def test_unknown_flag_and_command(folder):
 def test_more_workers_than_samples(folder):
     data = make_csv(f"{folder}/table.csv", rows=3)
     refused(folder, "csv", "--set", "dataset.target=target", "--workers", "4", data=data,
-            says=("4", "3"))
+            says=("4 workers", "2 training samples", "hint:"))
 
 
 # --- Where to write ---

@@ -129,7 +129,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_weights(folder):
                       "optimizer.name=sgd", "--set", "optimizer.lr=1e30", "--set",
                       "model.widths=[]", "--workers", 2, "--set", "train.batch_size=5",
                       "--output", f"{folder}/out", code=1)
-    contains(result.err, "step", "rank", "finite")
+    contains(result.err, "step 2", "rank ", "is inf", "hint:")
     # The weights that were kept are finite and can be used.
     lockstep("predict", f"{folder}/out", "--data", table, "--output", f"{folder}/p.csv")
     with open(f"{folder}/p.csv") as file:

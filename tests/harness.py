@@ -138,6 +138,7 @@ def processes(text):
 def main(tests):
     """Runs the functions named test_* (or those named on the command line), each in a folder."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    assert os.path.exists(LOCKSTEP), f"there is no {LOCKSTEP}: build first, or set LOCKSTEP_BUILD"
     chosen = sys.argv[1:]
     failed, skipped = [], 0
     for name, test in list(tests.items()):
@@ -152,7 +153,7 @@ def main(tests):
             print(f"skipped  {name}: {reason}", flush=True)
         except Exception:
             failed.append(name)
-            print(f"FAILED   {name}\n{traceback.format_exc()}", flush=True)
+            print(f"FAILED   {name}\n{traceback.format_exc(limit=-3)}", flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     print(f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''}, {skipped} skipped")

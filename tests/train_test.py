@@ -49,7 +49,7 @@ def test_report(folder):
     assert report["samples_per_s"] > 0 and report["start_to_first_step_s"] > 0, report
     equal(len(report["ranks"]), 2)
     for rank in report["ranks"]:
-        shares = rank["shares"]
+        shares = rank["share"]
         assert SHARES <= set(shares), shares
         assert all(0 <= share <= 1 for share in shares.values()), shares
         assert math.isclose(sum(shares.values()), 1, abs_tol=0.02), shares
@@ -131,7 +131,7 @@ def test_classes_in_a_table(folder):
     table = make_csv(f"{folder}/table.csv", rows=200, classes=3)
     report = train("csv", f"{folder}/run", "--data", table, "--workers", 2, "--epochs", 30,
                    "--set", "dataset.target=target", "--set", "dataset.task=classification",
-                   "--set", "loss.name=cross_entropy", "--set", "split={test = 0.2, seed = 42}",
+                   "--set", "loss.name=cross_entropy", "--set", "split.test=0.2",
                    "--set", "optimizer.lr=0.02")
     assert report["epochs"][-1]["test_accuracy"] > 0.8, report["epochs"][-1]
 
