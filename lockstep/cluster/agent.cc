@@ -65,6 +65,7 @@ class Agent {
   void take_events(int rank, std::string_view bytes);
   void take_line(int rank, bool error, std::string_view line);
   void take_exit(int rank);
+  void take_cause();
   void take_signal();
 
   void end(const std::string& reason, bool at_once);
@@ -241,19 +242,23 @@ void Agent::loop() {
         read_some(rank, source);
       }
     }
-    if (!deaths_.empty() && !ending_) {  // several may have died since: the likeliest cause
-      result_.failure = std::min_element(deaths_.begin(), deaths_.end(), [](auto& a, auto& b) {
-                          return a.suspicion < b.suspicion;
-                        })->failure;
-      end(fmt::format("rank {} (pid {}): {}", result_.failure->rank, result_.failure->pid,
-                      result_.failure->cause),
-          false);
-    }
+    if (!deaths_.empty() && !ending_) take_cause();
     if (kill_at_.expired()) {
       signal_workers(SIGKILL);
       kill_at_ = Deadline::never();
     }
   }
+}
+
+// The likeliest cause among the deaths, those included that nobody has told of yet.
+void Agent::take_cause() {
+  for (int rank = 0; rank < options_.workers; ++rank) take_exit(rank);
+  const auto likeliest = std::min_element(
+      deaths_.begin(), deaths_.end(), [](auto& a, auto& b) { return a.suspicion < b.suspicion; });
+  result_.failure = likeliest->failure;
+  end(fmt::format("rank {} (pid {}): {}", result_.failure->rank, result_.failure->pid,
+                  result_.failure->cause),
+      false);
 }
 
 // One read; false at the end of the stream or when nothing is there.

@@ -1,0 +1,134 @@
+#include "lockstep/cluster/world.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <array>
+#include <thread>
+#include <vector>
+
+#include "lockstep/base/error.h"
+#include "lockstep/cluster/segment_exchange.h"
+#include "lockstep/memory/segment.h"
+#include "lockstep/observe/event.h"
+
+namespace lockstep {
+namespace {
+
+using testing::HasSubstr;
+constexpr auto kBrief = std::chrono::milliseconds(100);
+constexpr auto kAmple = std::chrono::seconds(60);
+
+Place place(int rank, int size) {
+  return {.launcher = Launcher::torchrun,
+          .rank = rank,
+          .size = size,
+          .local_rank = rank,
+          .local_size = size,
+          .job_id = "test " + std::to_string(::getpid()) + " " +
+                    testing::UnitTest::GetInstance()->current_test_info()->name()};
+}
+
+std::string refusal(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// Calls body(rank) in a thread for each place; what each threw, "" for nothing.
+std::vector<std::string> in_threads(const std::vector<Place>& places,
+                                    const std::function<void(const Place&)>& body) {
+  std::vector<std::string> refusals(places.size());
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < places.size(); ++i)
+    threads.emplace_back([&, i] { refusals[i] = refusal([&] { body(places[i]); }); });
+  for (std::thread& thread : threads) thread.join();
+  return refusals;
+}
+
+TEST(World, AloneIsAWorldOfOne) {
+  const World world = init_from(Place{}, {});
+  EXPECT_EQ(world.size(), 1);
+  EXPECT_EQ(world.group().size(), 1);
+  EXPECT_FALSE(world.has_agent());
+  EXPECT_EQ(world.segment(), nullptr);
+  world.group().barrier();
+}
+
+TEST(World, RanksWithoutAnAgentMeet) {
+  const auto refusals = in_threads({place(0, 3), place(1, 3), place(2, 3)}, [](const Place& mine) {
+    const World world = init_from(mine, {.timeout = kAmple});
+    float value = static_cast<float>(world.rank() + 1);
+    world.group().all_reduce(std::as_writable_bytes(std::span(&value, 1)), Dtype::float32,
+                             Reduction::sum);
+    EXPECT_EQ(value, 6);
+  });
+  EXPECT_THAT(refusals, testing::Each(""));
+}
+
+TEST(World, RefusesSeveralNodes) {
+  Place two_nodes = place(1, 4);
+  two_nodes.local_size = 2;
+  EXPECT_THROW(init_from(two_nodes, {}), ConfigError);
+  EXPECT_THAT(refusal([&] { init_from(two_nodes, {}); }),
+              HasSubstr("torchrun started 4 workers, of which 2 on this node"));
+}
+
+TEST(World, RefusesDescriptorsThatAreNone) {
+  Place mine{.launcher = Launcher::lockstep};
+  mine.segment_fd = 987654;
+  EXPECT_THAT(refusal([&] { init_from(mine, {}); }), HasSubstr("LOCKSTEP_SEGMENT_FD=987654"));
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  const UniqueFd write_end(ends[1]);
+  mine.segment_fd = ends[0];  // a pipe is no segment
+  EXPECT_NE(refusal([&] { init_from(mine, {}); }), "");
+}
+
+TEST(World, RefusesASegmentForOtherRanks) {
+  Place mine{.launcher = Launcher::lockstep};
+  mine.segment_fd = ::dup(Segment::create({.ranks = 2, .arena_bytes = 1 << 20})->fd());
+  EXPECT_THAT(refusal([&] { init_from(mine, {}); }), HasSubstr("is for 2 ranks, not 1"));
+}
+
+TEST(SegmentExchange, SaysWhoDidNotCome) {
+  EXPECT_THAT(refusal([] { exchange_segment(place(0, 3), Deadline::after(kBrief)); }),
+              HasSubstr("of 3 local ranks, 1, 2 did not come in time"));
+  EXPECT_THAT(refusal([] { exchange_segment(place(1, 3), Deadline::after(kBrief)); }),
+              HasSubstr("local rank 0 of 3 did not come in time"));
+}
+
+TEST(SegmentExchange, TheOthersAreToldWhenOneIsMissing) {
+  const auto refusals = in_threads({place(0, 3), place(2, 3)}, [](const Place& mine) {
+    exchange_segment(mine, Deadline::after(mine.rank == 0 ? kBrief * 5 : kAmple));
+  });
+  EXPECT_THAT(refusals, testing::Each(HasSubstr("of 3 local ranks, 1 did not come in time")));
+}
+
+TEST(SegmentExchange, TwoJobsOfOneNameAreNotMixed) {
+  // Rank 1 twice: one of each job.
+  const auto twice = in_threads({place(0, 3), place(1, 3), place(1, 3)}, [](const Place& mine) {
+    exchange_segment(mine, Deadline::after(kAmple));
+  });
+  EXPECT_THAT(twice, testing::Each(HasSubstr("local rank 1 of 3 came twice")));
+  // Of another size.
+  const auto other = in_threads({place(0, 2), place(1, 4)}, [](const Place& mine) {
+    exchange_segment(mine, Deadline::after(kAmple));
+  });
+  EXPECT_THAT(other, testing::Each(HasSubstr("local rank 1 of 4 came to a job of 2")));
+  // A second local rank 0, while the first job runs.
+  std::array<SharedSegment, 2> first;
+  const auto met = in_threads({place(0, 2), place(1, 2)}, [&](const Place& mine) {
+    first[std::size_t(mine.rank)] = exchange_segment(mine, Deadline::after(kAmple));
+  });
+  EXPECT_THAT(met, testing::Each(""));
+  EXPECT_THAT(refusal([] { exchange_segment(place(0, 2), Deadline::after(kBrief)); }),
+              HasSubstr("does another job started by torchrun with the same id run here?"));
+}
+
+}  // namespace
+}  // namespace lockstep
