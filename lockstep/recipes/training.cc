@@ -104,13 +104,13 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
                      const std::vector<NamedTensor>& extra_tensors) {
   const Clock::time_point started = Clock::now();
   const TrainerOptions options = trainer_options(job, {});
-  PhaseTimer timer;
+  PhaseTimer timer(world.group());
   FlatModule module(*task.module);
   std::vector<NamedTensor> tensors = module.state();
   tensors.insert(tensors.end(), extra_tensors.begin(), extra_tensors.end());
   Snapshots snapshots(world, tensors);
   world.events().emit(ready_event(world, train.size(), test == nullptr ? 0 : test->size(),
-                                  module.weights().size(), 1, 1));
+                                  module.parameter_count(), 1, 1));
   const LinearSolution solution = solve_normal_equations(world, train_rows, options.virtual_ranks);
   for (NamedTensor& named : module.state()) {
     float* out = named.tensor.mutable_data_ptr<float>();
@@ -133,7 +133,7 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
     world.events().emit(epoch_event(summary, 0.0, train.size(), seconds(solved - started),
                                     seconds(Clock::now() - solved)));
   snapshots.write(1);
-  world.events().emit(rank_event(world, timer, seconds(Clock::now() - started)));
+  world.events().emit(rank_event(world, timer));
   if (world.rank() == 0) world.events().emit(finished_event("solved in closed form", 1, 1));
 }
 

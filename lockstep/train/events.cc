@@ -41,7 +41,17 @@ nlohmann::json epoch_event(const EpochSummary& summary, double lr, std::uint64_t
   return event;
 }
 
-nlohmann::json rank_event(const World& world, const PhaseTimer& timer, double total_s) {
+double cpu_seconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto as_seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  return as_seconds(usage.ru_utime) + as_seconds(usage.ru_stime);
+}
+
+nlohmann::json rank_event(const World& world, const PhaseTimer& timer) {
+  const double total_s = timer.total_seconds();
   nlohmann::json spent;
   double known = 0;
   for (std::size_t i = 0; i < kPhaseNames.size(); ++i) {
@@ -52,14 +62,11 @@ nlohmann::json rank_event(const World& world, const PhaseTimer& timer, double to
   spent["other"] = std::max(0.0, total_s - known);
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  const auto as_seconds = [](const timeval& time) {
-    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
-  };
   return {{"event", "rank"},
           {"rank", world.rank()},
           {"seconds", std::move(spent)},
           {"total_s", total_s},
-          {"cpu_s", as_seconds(usage.ru_utime) + as_seconds(usage.ru_stime)},
+          {"cpu_s", timer.total_cpu_seconds()},
           {"peak_memory_bytes", std::int64_t{1024} * usage.ru_maxrss}};
 }
 

@@ -18,7 +18,7 @@ nlohmann::json first_step_event();
 // `lr` and `samples` since the start; seconds of training and of evaluation.
 nlohmann::json epoch_event(const EpochSummary& summary, double lr, std::uint64_t samples,
                            double train_seconds, double evaluation_seconds);
-nlohmann::json rank_event(const World& world, const PhaseTimer& timer, double total_s);
+nlohmann::json rank_event(const World& world, const PhaseTimer& timer);
 nlohmann::json finished_event(const std::string& reason, std::int64_t epochs, std::int64_t steps);
 // Seconds on the clock that the agent reads too.
 double monotonic_clock();

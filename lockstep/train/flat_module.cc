@@ -36,6 +36,12 @@ FlatModule::FlatModule(torch::nn::Module& module) {
     committed_integers_.push_back(buffer.tensor.clone());
 }
 
+std::size_t FlatModule::parameter_count() const {
+  std::size_t count = 0;
+  for (const ParameterLayout::Entry& entry : parameter_layout_.entries) count += entry.count;
+  return count;
+}
+
 void FlatModule::restore_buffers() {
   for (std::size_t i = 0; i < float_buffers_.size(); ++i)
     copy_bytes(float_buffers_[i].tensor, committed_floats_[i]);

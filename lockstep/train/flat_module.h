@@ -27,6 +27,7 @@ class FlatModule {
   explicit FlatModule(torch::nn::Module& module);
 
   std::span<float> weights() const { return weights_; }
+  std::size_t parameter_count() const;  // without the padding between tensors
   std::size_t gradient_size() const { return parameter_layout_.total; }  // floats
   std::size_t contribution_size() const {
     return parameter_layout_.total + buffer_layout_.total;

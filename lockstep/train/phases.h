@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "lockstep/base/deadline.h"
+#include "lockstep/collective/group.h"
 
 namespace lockstep {
 
@@ -12,25 +13,38 @@ enum class Phase { data, forward, backward, communication, waiting, optimizer, e
 inline constexpr std::array<std::string_view, 7> kPhaseNames = {
     "data", "forward", "backward", "communication", "waiting", "optimizer", "evaluation"};
 
-// Splits time without gaps: every moment between two marks belongs to the phase of the later mark.
+// This process's processor time so far, user and system, in seconds.
+double cpu_seconds();
+
+// Splits time without gaps: every moment between two marks belongs to the phase of the later mark,
+// except what the group spent waiting for other ranks meanwhile.
 class PhaseTimer {
  public:
-  PhaseTimer() : last_(Clock::now()) {}
-  // The time since the last mark was spent in `phase`; of it, `waiting` was spent waiting for
-  // others.
-  void mark(Phase phase, Clock::duration waiting = {}) {
+  explicit PhaseTimer(const Group& group)
+      : group_(group), last_(started_), waited_(group.statistics().waiting) {}
+
+  // The time since the last mark was spent in `phase`.
+  void mark(Phase phase) {
     const Clock::time_point now = Clock::now();
-    add(phase, now - last_ - waiting);
-    add(Phase::waiting, waiting);
+    const Clock::duration waited = group_.statistics().waiting;
+    spent(phase) += now - last_ - (waited - waited_);
+    spent(Phase::waiting) += waited - waited_;
     last_ = now;
+    waited_ = waited;
   }
-  void skip() { last_ = Clock::now(); }  // belongs to no phase ("other")
   double seconds_in(Phase phase) const { return seconds(spent_[static_cast<std::size_t>(phase)]); }
+  double total_seconds() const { return seconds(Clock::now() - started_); }
+  double total_cpu_seconds() const { return cpu_seconds() - cpu_at_start_; }
 
  private:
-  void add(Phase phase, Clock::duration time) { spent_[static_cast<std::size_t>(phase)] += time; }
+  Clock::duration& spent(Phase phase) { return spent_[static_cast<std::size_t>(phase)]; }
+
+  const Group& group_;
+  const Clock::time_point started_ = Clock::now();
+  const double cpu_at_start_ = cpu_seconds();
   std::array<Clock::duration, kPhaseNames.size()> spent_{};
   Clock::time_point last_;
+  Clock::duration waited_;
 };
 
 }  // namespace lockstep

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
@@ -23,8 +22,7 @@ StepExecutor::StepExecutor(const World& world, const Task& task, FlatModule& mod
       options_(options),
       timer_(timer),
       sum_(world, options.virtual_ranks, module.contribution_size(), "gradients"),
-      losses_(2 * static_cast<std::size_t>(options.virtual_ranks)),
-      waited_(world.group().statistics().waiting) {}
+      losses_(2 * static_cast<std::size_t>(options.virtual_ranks)) {}
 
 StepResult StepExecutor::run(const Ledger::Epoch& epoch, std::uint64_t step, std::int64_t number,
                              double lr) {
@@ -33,8 +31,7 @@ StepResult StepExecutor::run(const Ledger::Epoch& epoch, std::uint64_t step, std
 
   const std::span<float> sum = sum_.reduce("gradients");
   share_losses();
-  const Clock::duration waited = world_.group().statistics().waiting;
-  timer_.mark(Phase::communication, waited - std::exchange(waited_, waited));
+  timer_.mark(Phase::communication);
 
   StepResult result;
   int computed = 0;  // virtual ranks that had samples

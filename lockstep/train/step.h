@@ -52,7 +52,6 @@ class StepExecutor {
   TreeSum<float> sum_;
   std::vector<std::uint64_t> indices_;
   std::vector<double> losses_;  // [virtual rank] {sum, weight}
-  Clock::duration waited_{};    // the group's waiting time at the last mark
 };
 
 }  // namespace lockstep

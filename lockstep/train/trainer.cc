@@ -57,8 +57,6 @@ class Run {
   const Schedule& schedule_;
   const BatchSource& train_;
   const BatchSource* test_;
-  const Clock::time_point started_ = Clock::now();
-
   PhaseTimer timer_;
   FlatModule module_;
   Optimizer optimizer_;
@@ -86,6 +84,7 @@ Run::Run(const World& world, const TrainerOptions& options, const Task& task,
       schedule_(schedule),
       train_(train),
       test_(test),
+      timer_(world.group()),
       module_(*task.module),
       optimizer_(optimizer, module_.weights().size()),
       ledger_({.samples = train.size(),
@@ -101,7 +100,7 @@ Run::Run(const World& world, const TrainerOptions& options, const Task& task,
 
 std::vector<EpochSummary> Run::go() {
   world_.events().emit(ready_event(world_, train_.size(), test_ == nullptr ? 0 : test_->size(),
-                                   module_.weights().size(), ledger_.steps_per_epoch(),
+                                   module_.parameter_count(), ledger_.steps_per_epoch(),
                                    options_.epochs));
   task_.module->train();
   std::vector<EpochSummary> epochs;
@@ -117,7 +116,7 @@ std::vector<EpochSummary> Run::go() {
     snapshots_.write(static_cast<std::int64_t>(epochs.size()));
     throw;
   }
-  world_.events().emit(rank_event(world_, timer_, seconds(Clock::now() - started_)));
+  world_.events().emit(rank_event(world_, timer_));
   if (world_.rank() == 0)
     world_.events().emit(finished_event(reason, static_cast<std::int64_t>(epochs.size()), step_));
   return epochs;
@@ -128,7 +127,6 @@ EpochSummary Run::run_epoch(std::int64_t epoch) {
   const Ledger::Epoch order = ledger_.epoch(static_cast<std::uint64_t>(epoch - 1));
   EpochSummary summary{.epoch = epoch};
   double loss = 0, weight = 0;
-  timer_.skip();
   for (std::uint64_t s = 0; s < ledger_.steps_per_epoch(); ++s) {
     if (options_.max_steps > 0 && step_ >= options_.max_steps) break;
     lr_ = learning_rate(schedule_, step_);
