@@ -107,6 +107,17 @@ def test_paths_that_documents_link_to_exist(_):
                 assert os.path.exists(target), f"{os.path.relpath(path, ROOT)} links to {link}"
 
 
+def test_code_that_documents_quote_is_in_the_file(_):
+    for path in [f"{ROOT}/README.md", *glob.glob(f"{ROOT}/docs/*.md")]:
+        with open(path) as file:
+            quotes = re.findall(r"<!-- from (\S+) -->\n```\w*\n(.*?)```", file.read(), re.DOTALL)
+        for source, quote in quotes:
+            with open(f"{ROOT}/{source}") as file:
+                lines = [line.strip() for line in file]
+            for line in filter(None, map(str.strip, quote.split("\n"))):
+                assert line in lines, f"{os.path.relpath(path, ROOT)} quotes '{line}' of {source}"
+
+
 def test_the_matcher_itself(_):
     check_output("", ["a 1.5 b", "…", "end"], "a  77 b\nx\ny\nend\n")
     for shown, printed in ((["a 1"], "b 1\n"), (["a"], "a\nb\n"), (["a", "b"], "a\n")):
