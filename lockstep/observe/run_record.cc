@@ -224,9 +224,7 @@ nlohmann::ordered_json report_of(const RunRecord& run, double total_s,
                                {"total_s", total},
                                {"cpu_s", cpu},
                                {"cpu_use", per_second(cpu, total)},
-                               {"peak_memory_bytes", event.at("peak_memory_bytes").get<double>()}});
-    report["ranks"].back()["peak_memory_bytes"] =
-        event.at("peak_memory_bytes").get<std::uint64_t>();
+                               {"peak_memory_bytes", Json(event.at("peak_memory_bytes"))}});
   }
   return report;
 }
