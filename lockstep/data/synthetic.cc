@@ -1,3 +1,5 @@
+#include <fmt/format.h>
+
 #include <cmath>
 #include <string>
 
@@ -48,6 +50,7 @@ LinearRegressionData make_linear_regression(std::uint64_t rows, std::int64_t fea
   Dataset& data = result.data;
   data.source = "linear-regression";
   data.sample_shape = {features};
+  for (std::int64_t i = 1; i <= features; ++i) data.feature_names.push_back(fmt::format("x{}", i));
   data.rows = rows;
   data.values.reserve(rows * width);
   data.targets.reserve(rows);

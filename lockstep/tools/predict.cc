@@ -71,7 +71,6 @@ void check(const PredictFlags& flags) {
                         "lockstep predict runs/first --data table.csv --output predictions.csv");
   };
   need(flags.folder, "run's folder");
-  need(flags.data, "--data");
   need(flags.output, "--output");
   std::error_code error;
   if (!fs::is_directory(flags.folder, error))
@@ -99,6 +98,9 @@ Job job_of(const PredictFlags& flags) {
     throw ConfigError(error.what());
   }
   Job job = parse_job(text, path);
+  if (flags.data.empty() && !job.data.empty())
+    throw ConfigError("lockstep predict: no --data given",
+                      "lockstep predict runs/first --data table.csv --output predictions.csv");
   if (flags.workers > 0) job.workers.count = flags.workers;
   // Virtual ranks are training's; any number of workers may predict.
   job.train.virtual_ranks = std::max(job.train.virtual_ranks, job.workers.count);
@@ -113,7 +115,8 @@ int predict_command(const std::vector<std::string>& arguments, const Start&) {
                "lockstep predict");
   PredictFlags flags;
   app.add_option("DIR", flags.folder, "the output folder of lockstep train");
-  app.add_option("--data", flags.data, "the data: as for training, targets may be missing");
+  app.add_option("--data", flags.data, "the data: as for training, targets may be missing; where a recipe makes its own "
+                 "data, by default its test set");
   app.add_option("--output", flags.output, "the CSV file to write");
   app.add_option("--workers", flags.workers, "processes; default: as in training");
   app.add_flag("--quiet", flags.quiet, "print nothing");
@@ -127,7 +130,8 @@ int predict_command(const std::vector<std::string>& arguments, const Start&) {
   run.segment = Segment::create({.ranks = static_cast<int>(run.job.workers.count)});
   run.environment["LOCKSTEP_WEIGHTS"] =
       fs::absolute(fs::path(flags.folder) / "model.safetensors").string();
-  run.environment["LOCKSTEP_PREDICT_DATA"] = fs::absolute(flags.data).string();
+  run.environment["LOCKSTEP_PREDICT_DATA"] =
+      flags.data.empty() ? "" : fs::absolute(flags.data).string();
   PredictionFile file(flags.output);
   run.on_event = [&](int, const nlohmann::json& event) {
     if (event.at("event") == "predictions") file.take(event.at("block"), event.at("text"));
