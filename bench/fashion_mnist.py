@@ -63,10 +63,10 @@ def main():
     for number in range(options.rounds):
         ours.append(run_lockstep(options.epochs))
         theirs.append(run_ddp(options.epochs))
-        print(f"round {number + 1}: lockstep {ours[-1][0]:.2f} s, PyTorch DDP {theirs[-1][0]:.2f} s",
-              flush=True)
-    print(f"\n{options.epochs} epochs {'median':>12} {'least':>8} {'most':>8} {'to first step':>14} "
-          f"{'accuracy':>10}")
+        print(f"round {number + 1}: lockstep {ours[-1][0]:.2f} s, "
+              f"PyTorch DDP {theirs[-1][0]:.2f} s", flush=True)
+    print(f"\n{f'{options.epochs} epochs':<12} {'median':>8} {'least':>8} {'most':>8} "
+          f"{'to first step':>14} {'accuracy':>10}")
     print(line("lockstep", ours))
     print(line("PyTorch DDP", theirs))
     ratios = [peer[0] / own[0] for own, peer in zip(ours, theirs)]

@@ -23,7 +23,8 @@ def load(prefix):
         images = numpy.frombuffer(file.read(), numpy.uint8, offset=16).reshape(-1, 784)
     with gzip.open(f"{FOLDER}/{prefix}-labels-idx1-ubyte.gz") as file:
         labels = numpy.frombuffer(file.read(), numpy.uint8, offset=8)
-    return torch.from_numpy(images.astype(numpy.float32)), torch.from_numpy(labels.astype(numpy.int64))
+    return (torch.from_numpy(images.astype(numpy.float32)),
+            torch.from_numpy(labels.astype(numpy.int64)))
 
 
 def main():

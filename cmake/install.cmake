@@ -14,7 +14,6 @@ install(TARGETS lockstep_core ${core_targets} EXPORT lockstepCoreTargets
         ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 
 set(package_folder "${CMAKE_INSTALL_LIBDIR}/cmake/lockstep")
-set(LOCKSTEP_TORCH_VERSION "")
 if(LOCKSTEP_WITH_TORCH)
   add_library(lockstep_lockstep INTERFACE)
   set_target_properties(lockstep_lockstep PROPERTIES EXPORT_NAME lockstep)

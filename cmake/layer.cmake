@@ -1,7 +1,7 @@
 # lockstep_layer(NAME [TORCH] [LAYERS lower layers …] [LIBRARIES packages …])
 #
-# One folder lockstep/NAME becomes the library lockstep_NAME (every .cc but the tests) and, where there
-# are any *_test.cc, the test program NAME_test. Adding a file needs no edit here.
+# One folder lockstep/NAME becomes the library lockstep_NAME (every .cc but the tests) and, where
+# there are any *_test.cc, the test program NAME_test. Adding a file needs no edit here.
 function(lockstep_layer NAME)
   cmake_parse_arguments(ARG "TORCH" "" "LAYERS;LIBRARIES" ${ARGN})
   set(folder "${PROJECT_SOURCE_DIR}/lockstep/${NAME}")
@@ -10,10 +10,6 @@ function(lockstep_layer NAME)
   list(FILTER sources EXCLUDE REGEX "_test\\.cc$")
   list(FILTER tests INCLUDE REGEX "_test\\.cc$")
 
-  if(NOT sources)
-    file(TOUCH "${PROJECT_BINARY_DIR}/empty.cc")
-    set(sources "${PROJECT_BINARY_DIR}/empty.cc")
-  endif()
   add_library(lockstep_${NAME} STATIC ${sources})
   set_target_properties(lockstep_${NAME} PROPERTIES EXPORT_NAME ${NAME} LINKER_LANGUAGE CXX)
   target_compile_options(lockstep_${NAME} PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
@@ -28,7 +24,8 @@ function(lockstep_layer NAME)
   if(tests AND LOCKSTEP_TESTS)
     add_executable(${NAME}_test ${tests})
     target_compile_options(${NAME}_test PRIVATE -Wall -Wextra -Werror)
-    target_link_libraries(${NAME}_test PRIVATE lockstep_${NAME} GTest::gtest GTest::gmock GTest::gtest_main)
+    target_link_libraries(${NAME}_test
+                          PRIVATE lockstep_${NAME} GTest::gtest GTest::gmock GTest::gtest_main)
     add_test(NAME ${NAME} COMMAND ${NAME}_test --gtest_brief=1)
     set_tests_properties(${NAME} PROPERTIES TIMEOUT 240 LABELS unit ENVIRONMENT OMP_NUM_THREADS=1)
   endif()

@@ -1,4 +1,4 @@
-"""How a run can end before its time, and what it leaves behind: no process, no half-written file."""
+"""How a run can end before its time, leaving behind no process and no half-written file."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import signal
 import subprocess
 import time
 
-from harness import (LOCKSTEP, Result, Skip, contains, equal, lockstep, main, processes, report_of,
-                     run, train)
+from harness import (LOCKSTEP, Result, Skip, contains, equal, lockstep, main, make_idx_folder,
+                     processes, report_of, run, train)
 
 ENDLESS = ["--workers", "2", "--set", "train.epochs=1000000", "--set", "dataset.rows=20000"]
 
@@ -150,9 +150,7 @@ def on_a_full_disk(folder, kilobytes, script):
 
 def test_full_disk(folder):
     # The weights (784 x 512, 1.6 MB) do not fit.
-    data = f"{folder}/data"
-    from harness import make_idx_folder
-    make_idx_folder(data, train_rows=40, test_rows=10)
+    data = make_idx_folder(f"{folder}/data", train_rows=40, test_rows=10)
     result = on_a_full_disk(folder, 600, (
         f"{LOCKSTEP} train mnist --data {data} --epochs 1 --set 'model.widths=[512]' "
         f"--output {folder}/disk/out; echo code $?; ls -A {folder}/disk/out"))

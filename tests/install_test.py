@@ -16,8 +16,8 @@ def install(folder):
 
 
 def build_user_project(folder, prefix, *options, **arguments):
-    run("cmake", "-S", USER, "-B", f"{folder}/build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}",
-        "-DCMAKE_BUILD_TYPE=Release", *options, **arguments)
+    run("cmake", "-S", USER, "-B", f"{folder}/build", "-G", "Ninja",
+        f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release", *options, **arguments)
     run("cmake", "--build", f"{folder}/build", "-j", "1", timeout=300)
     return f"{folder}/build"
 

@@ -1,9 +1,9 @@
 # Builds what needs no libtorch with the sanitizers of `preset` and runs its tests.
 set(build "${folder}/${preset}")
 cmake_path(GET CMAKE_CURRENT_LIST_DIR PARENT_PATH source)
+set(tests "${CMAKE_CTEST_COMMAND};--test-dir;${build};--output-on-failure;-LE;soak;-j;2")
 foreach(command "${CMAKE_COMMAND};--preset;${preset};-S;${source};-B;${build}"
-                "${CMAKE_COMMAND};--build;${build};-j;2"
-                "${CMAKE_CTEST_COMMAND};--test-dir;${build};--output-on-failure;--no-label-summary;-LE;soak;-j;2")
+                "${CMAKE_COMMAND};--build;${build};-j;2" "${tests}")
   execute_process(COMMAND ${command} RESULT_VARIABLE result)
   if(NOT result EQUAL 0)
     message(FATAL_ERROR "${preset}: '${command}' ended with ${result}")

@@ -9,8 +9,8 @@ int main() {
   torch::manual_seed(1 + world.rank());  // data_parallel makes the weights equal
   torch::nn::Linear net(1, 1);
   auto model = lockstep::data_parallel(net, world);
-  torch::optim::SGD optimizer(net->parameters(), 0.1);
-  for (int step = 0; step < 200; ++step) {
+  torch::optim::SGD optimizer(net->parameters(), 0.5);
+  for (int step = 0; step < 1000; ++step) {
     optimizer.zero_grad();
     auto input = torch::rand({16, 1});
     torch::mse_loss(model->forward(input), 2 * input).backward();
