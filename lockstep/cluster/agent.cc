@@ -306,7 +306,8 @@ void Agent::take_bytes(int rank, Source source, std::string_view bytes) {
 void Agent::take_events(int rank, std::string_view bytes) {
   Worker& worker = workers_[std::size_t(rank)];
   const auto broken = [&](const std::exception& error) {
-    return Error(fmt::format("rank {} (pid {}): {}", rank, worker.process.pid, error.what()));
+    return Error(
+        fmt::format("rank {} (pid {}): broken event: {}", rank, worker.process.pid, error.what()));
   };
   std::vector<nlohmann::json> events;
   try {

@@ -16,10 +16,10 @@ nlohmann::json parse_event(std::span<const std::byte> bytes) {
   const char* text = reinterpret_cast<const char*>(bytes.data());
   nlohmann::json event =
       nlohmann::json::parse(text, text + bytes.size(), nullptr, /*allow_exceptions=*/false);
-  if (event.is_discarded()) throw Error("broken event: not JSON");
+  if (event.is_discarded()) throw Error("not JSON");
   const auto kind = event.is_object() ? event.find("event") : event.end();
   if (kind == event.end() || !kind->is_string())
-    throw Error("broken event: not an object with a string \"event\"");
+    throw Error("not an object with a string \"event\"");
   return event;
 }
 
@@ -47,8 +47,8 @@ std::vector<nlohmann::json> EventReader::feed(std::span<const std::byte> bytes) 
   std::size_t used = 0;
   while (const auto length = read_little_endian<std::uint32_t>(buffer_, used)) {
     if (*length > kMaxEventBytes)
-      throw Error(fmt::format("broken event: a frame of {} bytes, at most {} are allowed", *length,
-                              kMaxEventBytes));
+      throw Error(
+          fmt::format("a frame of {} bytes, at most {} are allowed", *length, kMaxEventBytes));
     if (!in_bounds(used + kHeaderBytes, *length, buffer_.size())) break;
     events.push_back(parse_event(std::span(buffer_).subspan(used + kHeaderBytes, *length)));
     used += kHeaderBytes + *length;

@@ -114,8 +114,10 @@ int predict_command(const std::vector<std::string>& arguments, const Start&) {
   CLI::App app("Applies a trained model to data, split over workers: a line a row, in order.",
                "lockstep predict");
   PredictFlags flags;
+  app.option_defaults()->take_last();
   app.add_option("DIR", flags.folder, "the output folder of lockstep train");
-  app.add_option("--data", flags.data, "the data: as for training, targets may be missing; where a recipe makes its own "
+  app.add_option("--data", flags.data,
+                 "the data: as for training, targets may be missing; where a recipe makes its own "
                  "data, by default its test set");
   app.add_option("--output", flags.output, "the CSV file to write");
   app.add_option("--workers", flags.workers, "processes; default: as in training");

@@ -26,6 +26,7 @@ struct RunFlags {
 };
 
 void add_flags(CLI::App& app, RunFlags& flags) {
+  app.option_defaults()->take_last();
   const auto add = [&](const char* name, auto& value, const char* meaning) {
     return app.add_option(both_spellings(name), value, meaning)->capture_default_str();
   };

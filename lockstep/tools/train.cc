@@ -24,6 +24,7 @@ struct TrainFlags {
 };
 
 void add_flags(CLI::App& app, TrainFlags& flags) {
+  app.option_defaults()->take_last();
   app.add_option("NAME", flags.name,
                  fmt::format("a job file, or a recipe: {}", fmt::join(recipe_names(), ", ")));
   app.add_option("--workers", flags.workers, "processes (workers.count)");

@@ -1,0 +1,229 @@
+"""lockstep run's and lockstep train's own side: flags, signals, folders, and what becomes of what
+workers report. lockstep-worker is played by a script here, so that it can do what the real one
+never does."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from harness import LOCKSTEP, contains, equal, lockstep, main, processes, run
+
+# --- lockstep run ---
+
+
+def test_torchruns_flags_in_both_spellings(folder):
+    script = "echo $RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $TORCHELASTIC_RUN_ID $ROLE_NAME $1"
+    for dash in "-_":
+        flags = [flag.replace("-", dash) for flag in (
+            "nproc-per-node=1", "nnodes=1:1", "node-rank=0", "max-restarts=0",
+            "master-addr=10.0.0.1", "master-port=1234", "rdzv-id=seven", "rdzv-backend=c10d",
+            "rdzv-endpoint=localhost:0", "monitor-interval=5", "start-method=spawn", "role=trainer",
+            "standalone", "no-python")]
+        result = lockstep("run", *[f"--{flag}" for flag in flags], "sh", "-c", script, "sh", "--rank")
+        equal(result.out, "[rank 0] 0 1 10.0.0.1 1234 seven trainer --rank\n")
+
+
+def test_bad_flags(folder):
+    for words, says in (
+            (["--nproc-per-node", "0", "true"], ["--nproc-per-node 0", "hint:"]),
+            (["--nproc-per-node", "many", "true"], ["--nproc-per-node many", "auto"]),
+            (["--nnodes", "2", "true"], ["--nnodes 2", "one node"]),
+            (["--max-restarts", "3", "true"], ["--max-restarts 3"]),
+            (["--nproc-per-nod", "2", "true"], ["--nproc-per-nod", "--nproc-per-node"]),
+            (["--log-dir", "logs", "true"], ["--log-dir", "hint:"]),
+            (["--master-port", "65536", "true"], ["65536"]),
+            (["--master-port", "x", "true"], ["master-port"]),
+            ([], ["no program", "hint:"]),
+            (["./nowhere"], ["could not start ./nowhere", "No such file"])):
+        result = lockstep("run", *words, code=2)
+        contains(result.err, "lockstep: ", *says)
+        equal(result.err.count("\n"), 1, result.err)
+
+
+def test_help_and_version(folder):
+    for words in ([], ["help"], ["--help"]):
+        contains(lockstep(*words).out, "train", "predict", "run", "lockstep COMMAND --help")
+    for command in ("run", "train", "predict"):
+        contains(lockstep(command, "--help").out, f"Usage: lockstep {command}")
+        equal(lockstep("help", command).out, lockstep(command, "--help").out)
+    assert re.fullmatch(r"lockstep \d+\.\d+\.\d+\n", lockstep("--version").out)
+    contains(lockstep("rnu", code=2).err, "unknown command rnu; hint: did you mean run?")
+
+
+def test_each_worker_a_core(folder):
+    result = lockstep("run", "--nproc-per-node", "auto", "sh", "-c", "echo $WORLD_SIZE")
+    equal(result.out.count("\n"), len(os.sched_getaffinity(0)))
+
+
+def test_signals_end_the_job_with_their_number(folder):
+    mark = f"LOCKSTEP_TEST_MARK={folder}"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process = subprocess.Popen(
+            [LOCKSTEP, "run", "--nproc-per-node", "2", "sh", "-c", "echo up; exec sleep 1000"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "LOCKSTEP_TEST_MARK": folder})
+        for _ in range(2):
+            contains(process.stdout.readline(), "up")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        equal(process.returncode, 128 + number, err)
+        equal(err, f"lockstep: ended by signal {int(number)} ({number.name})\n")
+        equal(processes(mark), [], "processes left behind")
+
+
+def test_a_reader_that_goes_away_ends_the_job(folder):
+    process = subprocess.Popen([LOCKSTEP, "run", "sh", "-c", "while echo more; do :; done"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    equal(process.wait(timeout=60), 1)
+    contains(err, "cannot write to standard output: Broken pipe")
+
+
+# --- lockstep train, with a worker of our own ---
+
+WORKER = textwrap.dedent("""\
+    #!/usr/bin/env python3
+    import json, os, signal, struct, sys
+    RANK = int(os.environ["RANK"])
+    def send(event, **members):
+        data = json.dumps({"event": event, **members}).encode()
+        os.write(int(os.environ["LOCKSTEP_EVENT_FD"]), struct.pack("<I", len(data)) + data)
+    def ready():
+        send("ready", rank=RANK, train_samples=8, test_samples=0, parameters=3, steps_per_epoch=2,
+             epochs=2)
+    def epoch(number):
+        if RANK == 0:
+            send("first_step", rank=0, clock=0.0)
+            send("epoch", epoch=number, step=2 * number, train_loss=0.5, grad_norm=1.0, lr=0.1,
+                 samples=8 * number, seconds=1.0, eval_seconds=0.0)
+    def snapshot(**members):
+        send("snapshot", **{"epoch": 1, "sequence": 2, "sequence_offset": 0, "tensors": [],
+                            **members})
+    """)
+
+
+def play(folder, script, *arguments, code):
+    """lockstep train with workers that run `script`, writing to FOLDER/out."""
+    programs = f"{folder}/programs"
+    os.makedirs(programs, exist_ok=True)
+    if not os.path.exists(f"{programs}/lockstep"):
+        shutil.copy(LOCKSTEP, programs)
+    with open(f"{programs}/lockstep-worker", "w") as file:
+        file.write(WORKER + textwrap.dedent(script))
+    os.chmod(f"{programs}/lockstep-worker", 0o755)
+    return run(f"{programs}/lockstep", "train", "linear-regression", "--workers", "2", "--output",
+               f"{folder}/out", *arguments, code=code)
+
+
+def test_the_users_mistake_is_told_once_and_leaves_nothing(folder):
+    result = play(folder, """
+        send("error", rank=RANK, kind="config", message="data.csv: no rows")
+        sys.exit(2)""", "--output", f"{folder}/new/deep/out", code=2)
+    equal(result.err, "lockstep: data.csv: no rows\n")
+    assert not os.path.exists(f"{folder}/new"), "folders were left behind"
+
+
+def test_a_death_before_the_start_leaves_nothing(folder):
+    result = play(folder, """
+        ready() if RANK == 0 else os.kill(os.getpid(), 9)
+        signal.pause()""", code=1)
+    contains(result.err, "rank 1 (pid ", "killed by signal 9 (SIGKILL)")
+    assert not os.path.exists(f"{folder}/out"), "a folder was left behind"
+
+
+def test_a_death_in_training_keeps_what_was_reached(folder):
+    result = play(folder, """
+        ready(); epoch(1)
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(3)""", "--workers", "1", code=1)
+    contains(result.err, "lockstep: rank 0 (pid ", "exited with code 3\n  last words\n")
+    with open(f"{folder}/out/report.json") as file:
+        report = json.load(file)
+    contains(report["failed"], "rank 0 (pid ", "exited with code 3")
+    equal(len(report["epochs"]), 1)
+    equal(report["weights_sha256"], None)
+    with open(f"{folder}/out/metrics.jsonl") as file:
+        equal(json.loads(file.read())["epoch"], 1)
+
+
+def test_a_failed_run_tells_its_own_error(folder):
+    result = play(folder, """
+        kind, text = ("run", "step 7: the loss is not finite") if RANK == 1 else (
+            "comm", "rank 1 died")
+        send("error", rank=RANK, kind=kind, message=text)
+        sys.exit(1) if RANK == 1 else signal.pause()""", code=1)
+    equal(result.err, "lockstep: step 7: the loss is not finite\n")
+
+
+def test_what_workers_report_is_not_trusted(folder):
+    for script, says in (
+            ("os.write(int(os.environ['LOCKSTEP_EVENT_FD']), b'\\xff' * 8)", "broken event"),
+            ("epoch(1)", "before every worker was ready"),
+            ("send('ready')", "broken event"),
+            ("send('step', clock='late')", "broken event"),
+            ("ready(); snapshot(sequence_offset=1 << 60)", "outside its arena"),
+            ("ready(); snapshot(sequence_offset=-1)", "outside its arena"),
+            ("ready(); snapshot(sequence='x')", "type must be number"),
+            ("ready(); snapshot(); send('x')", "outside its arena"),
+            ("ready()", "without a model")):
+        result = play(folder, f"{script}\n", "--workers", "1", code=1)
+        contains(result.err, "lockstep: ", says)
+        equal(result.err.count("\n"), 1, result.err)
+        shutil.rmtree(f"{folder}/out", ignore_errors=True)
+
+
+def test_lines_and_messages_are_shown(folder):
+    result = play(folder, """
+        print("a line"); ready(); sys.stdout.flush()
+        if RANK == 0: send("message", text="a message")
+        os._exit(0)""", code=1)
+    contains(result.out, "[rank 0] a line\n", "[rank 1] a line\n", "\na message\n")
+
+
+# --- Output folders ---
+
+
+def test_folders_that_are_refused(folder):
+    os.mkdir(f"{folder}/out")
+    with open(f"{folder}/out/notes.txt", "w") as file:
+        file.write("mine")
+    for arguments, says in (((), "--overwrite"), (("--overwrite",), "no earlier run")):
+        result = play(folder, "", *arguments, code=2)
+        contains(result.err, f"{folder}/out", says)
+    contains(play(folder, "", "--output", f"{folder}/out/notes.txt", code=2).err, "notes.txt")
+    contains(play(folder, "", "--output", f"{folder}/out/notes.txt/deeper", code=2).err,
+             "notes.txt", "Not a directory")
+    contains(play(folder, "", "--output", f"{folder}/other", "--report", f"{folder}/no/r.json",
+                  code=2).err, "--report", f"{folder}/no")
+    assert not os.path.exists(f"{folder}/other"), "a folder was left behind"
+    equal(os.listdir(f"{folder}/out"), ["notes.txt"])
+
+
+def test_overwriting_keeps_the_old_run_until_the_new_one_starts(folder):
+    out = f"{folder}/out"
+    os.mkdir(out)
+    old = ("job.toml", "report.json", "model.safetensors", "metrics.jsonl",
+           "events.out.tfevents.1.old.1", "notes.txt")
+    for name in old:
+        with open(f"{out}/{name}", "w") as file:
+            file.write("old")
+    play(folder, "sys.exit(2)", "--overwrite", code=1)
+    equal(sorted(os.listdir(out)), sorted(old))
+    play(folder, "ready(); sys.exit(2)", "--overwrite", "--workers", "1", code=1)
+    names = os.listdir(out)
+    assert "model.safetensors" not in names and "events.out.tfevents.1.old.1" not in names, names
+    assert "notes.txt" in names, "somebody else's file was removed"
+    with open(f"{out}/job.toml") as file:
+        contains(file.read(), 'recipe = "linear-regression"')
+
+
+if __name__ == "__main__":
+    main(globals())
