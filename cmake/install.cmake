@@ -37,7 +37,10 @@ install(DIRECTORY lockstep DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHIN
 install(FILES LICENSE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
 install(DIRECTORY docs examples DESTINATION ${CMAKE_INSTALL_DOCDIR} PATTERN CMakeLists.txt EXCLUDE)
 
-# lockstep finds lockstep-worker beside itself.
+# lockstep finds lockstep-worker beside itself, and that the libtorch it was built with.
+if(TARGET lockstep-worker)
+  set_target_properties(lockstep-worker PROPERTIES INSTALL_RPATH "${LOCKSTEP_TORCH_PREFIX}/lib")
+endif()
 foreach(program lockstep lockstep-worker)
   if(TARGET ${program})
     install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})

@@ -13,7 +13,6 @@ if(NOT torch_libraries)
 endif()
 message(STATUS "libtorch ${LOCKSTEP_TORCH_VERSION}: ${LOCKSTEP_TORCH_PREFIX}")
 
-set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)  # installed programs find the same libtorch
 add_library(lockstep_torch INTERFACE)
 set_target_properties(lockstep_torch PROPERTIES EXPORT_NAME libtorch)
 lockstep_use_libtorch(lockstep_torch "${LOCKSTEP_TORCH_PREFIX}" "${torch_libraries}")

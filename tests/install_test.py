@@ -38,7 +38,7 @@ def test_a_project_uses_the_installed_libraries(folder):
     # The installed programs find each other and libtorch.
     out = run(launcher, "train", "linear-regression", "--workers", 2, "--epochs", 1, "--output",
               f"{folder}/out").out
-    contains(out, "weights_sha256")
+    contains(out, "model.safetensors")
     assert os.path.exists(f"{folder}/out/model.safetensors")
 
 
