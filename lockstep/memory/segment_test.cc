@@ -175,15 +175,14 @@ TEST(SegmentTest, PlacesOutsideAnArenaAreErrors) {
   const auto start =
       static_cast<std::uint64_t>(segment->offset_of(segment->allocate(1, 64, "memory").data()));
   EXPECT_EQ(segment->at(1, start, kArena).size(), kArena);
-  for (const auto& [offset, bytes] :
-       std::vector<std::pair<std::uint64_t, std::uint64_t>>{{start - 64, 64},
-                                                            {start, kArena + 1},
-                                                            {start + kArena, 1},
-                                                            {0, 8},
-                                                            {~0ull, 1},
-                                                            {start, ~0ull},
-                                                            {~0ull - 7, 16}})
-    EXPECT_THAT(error_of([&] { segment->at(1, offset, bytes); }), HasSubstr("outside its arena"));
+  struct Place {
+    std::uint64_t offset, bytes;
+  };
+  for (const Place place :
+       {Place{start - 64, 64}, Place{start, kArena + 1}, Place{start + kArena, 1}, Place{0, 8},
+        Place{~0ull, 1}, Place{start, ~0ull}, Place{~0ull - 7, 16}})
+    EXPECT_THAT(error_of([&] { segment->at(1, place.offset, place.bytes); }),
+                HasSubstr("outside its arena"));
 }
 
 TEST(SegmentTest, ACorruptControlBlockIsAnError) {
