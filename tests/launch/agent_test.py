@@ -25,7 +25,8 @@ def test_torchruns_flags_in_both_spellings(folder):
             "master-addr=10.0.0.1", "master-port=1234", "rdzv-id=seven", "rdzv-backend=c10d",
             "rdzv-endpoint=localhost:0", "monitor-interval=5", "start-method=spawn", "role=trainer",
             "standalone", "no-python")]
-        result = lockstep("run", *[f"--{flag}" for flag in flags], "sh", "-c", script, "sh", "--rank")
+        result = lockstep("run", *[f"--{flag}" for flag in flags], "sh", "-c", script, "sh",
+                          "--rank")
         equal(result.out, "[rank 0] 0 1 10.0.0.1 1234 seven trainer --rank\n")
 
 
@@ -164,11 +165,11 @@ def test_a_failed_run_tells_its_own_error(folder):
 
 
 def test_what_workers_report_is_not_trusted(folder):
-    for script, says in (
+    for script, says in (  # one worker: what it says comes in order
             ("os.write(int(os.environ['LOCKSTEP_EVENT_FD']), b'\\xff' * 8)", "broken event"),
-            ("epoch(1)", "before every worker was ready"),
+            ("epoch(1)", "without having trained"),
             ("send('ready')", "broken event"),
-            ("send('step', clock='late')", "broken event"),
+            ("ready(); send('step', clock='late')", "broken event"),
             ("ready(); snapshot(sequence_offset=1 << 60)", "outside its arena"),
             ("ready(); snapshot(sequence_offset=-1)", "outside its arena"),
             ("ready(); snapshot(sequence='x')", "type must be number"),
@@ -178,6 +179,21 @@ def test_what_workers_report_is_not_trusted(folder):
         contains(result.err, "lockstep: ", says)
         equal(result.err.count("\n"), 1, result.err)
         shutil.rmtree(f"{folder}/out", ignore_errors=True)
+
+
+def test_steps_that_are_read_before_another_ranks_ready(folder):
+    os.mkfifo(f"{folder}/fifo")
+    # More than a pipe holds: once it is sent, the agent has read what came before it.
+    result = play(folder, f"""
+        if RANK == 0:
+            ready(); epoch(1); send("message", text="x" * 200000)
+            open("{folder}/fifo", "w").close()
+        else:
+            open("{folder}/fifo").close()
+            ready()""", code=1)
+    contains(result.err, "without a model")
+    with open(f"{folder}/out/metrics.jsonl") as file:
+        equal(json.loads(file.read())["epoch"], 1)
 
 
 def test_lines_and_messages_are_shown(folder):
