@@ -12,13 +12,15 @@
 namespace lockstep {
 namespace {
 
-// The word that is even while the snapshot behind it is whole.
+// The word that is even while the snapshot behind it is whole. Read by a write that changes nothing,
+// which orders it after the reads before it (Boehm, "Can Seqlocks Get Along With Programming
+// Language Memory Models?", 2012, section 4).
 std::uint64_t sequence_at(const Segment& segment, int rank, std::uint64_t offset) {
   const std::span<const std::byte> bytes = segment.at(rank, offset, sizeof(std::uint64_t));
   if (reinterpret_cast<std::uintptr_t>(bytes.data()) % alignof(std::uint64_t) != 0)
     throw Error(fmt::format("broken snapshot: its sequence word at {} is not aligned", offset));
   auto* word = reinterpret_cast<std::uint64_t*>(const_cast<std::byte*>(bytes.data()));
-  return std::atomic_ref(*word).load(std::memory_order_acquire);
+  return std::atomic_ref(*word).fetch_add(0, std::memory_order_acq_rel);
 }
 
 TensorView view_of(const nlohmann::json& tensor, const Segment& segment, int rank) {
@@ -53,7 +55,6 @@ void SnapshotSaver::save() {
     tensor.bytes = {end, tensor.bytes.size()};
     end += tensor.bytes.size();
   }
-  std::atomic_thread_fence(std::memory_order_acquire);
   if (sequence_at(*segment_, rank_, offset) != sequence) return;
   sha256_ = with_free_space_note(file_, [&] { return write_safetensors(file_, tensors); });
 }

@@ -93,25 +93,28 @@ def test_torchrun(folder):
     equal(sums(result.out), [f"rank {rank} of 2 by torchrun: sum 1" for rank in (0, 1)])
 
 
-def mpirun(*arguments):
+def mpirun(folder, workers):
     program = shutil.which("mpirun")
     if program is None:
         raise Skip("mpirun is not installed")
     root = ["--allow-run-as-root"] if os.getuid() == 0 else []
-    return [program, *root, "--oversubscribe", *arguments]
+    # Two that start at once trip over each other's session folder if they share one.
+    own = f"{folder}/{workers}"
+    os.mkdir(own)
+    return (clean_environment(TMPDIR=own),
+            [program, *root, "--oversubscribe", "-n", str(workers), WORKER, "sum"])
 
 
 def test_mpirun(folder):
     for workers, sum_of_ranks in ((1, 0), (3, 3)):
-        (result,) = together((clean_environment(), mpirun("-n", str(workers), WORKER, "sum")))
+        (result,) = together(mpirun(folder, workers))
         equal(sums(result.out),
               [f"rank {rank} of {workers} by mpirun: sum {sum_of_ranks}" for rank in
                range(workers)], result)
 
 
 def test_two_mpiruns_at_once_are_kept_apart(folder):
-    first, second = together((clean_environment(), mpirun("-n", "2", WORKER, "sum")),
-                             (clean_environment(), mpirun("-n", "3", WORKER, "sum")))
+    first, second = together(mpirun(folder, 2), mpirun(folder, 3))
     equal(sums(first.out), [f"rank {rank} of 2 by mpirun: sum 1" for rank in range(2)], first)
     equal(sums(second.out), [f"rank {rank} of 3 by mpirun: sum 3" for rank in range(3)], second)
 
