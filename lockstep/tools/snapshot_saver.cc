@@ -12,14 +12,14 @@
 namespace lockstep {
 namespace {
 
-// The word that is even while the snapshot behind it is whole. Read by a write that changes nothing,
-// which orders it after the reads before it (Boehm, "Can Seqlocks Get Along With Programming
-// Language Memory Models?", 2012, section 4).
+// The word that is even while the snapshot behind it is whole. Read by a write that changes
+// nothing, which orders it after the reads before it (Boehm, "Can Seqlocks Get Along With
+// Programming Language Memory Models?", 2012, section 4).
 std::uint64_t sequence_at(const Segment& segment, int rank, std::uint64_t offset) {
-  const std::span<const std::byte> bytes = segment.at(rank, offset, sizeof(std::uint64_t));
+  const std::span<std::byte> bytes = segment.at(rank, offset, sizeof(std::uint64_t));
   if (reinterpret_cast<std::uintptr_t>(bytes.data()) % alignof(std::uint64_t) != 0)
     throw Error(fmt::format("broken snapshot: its sequence word at {} is not aligned", offset));
-  auto* word = reinterpret_cast<std::uint64_t*>(const_cast<std::byte*>(bytes.data()));
+  auto* word = reinterpret_cast<std::uint64_t*>(bytes.data());
   return std::atomic_ref(*word).fetch_add(0, std::memory_order_acq_rel);
 }
 

@@ -151,8 +151,8 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
     snapshots.save();
     if (snapshots.sha256().empty()) throw Error("the workers ended without a model");
     log.finish(snapshots.sha256(), {folder.path() / "job.toml", snapshots.file()});
-  } catch (const Error& error) {
-    std::string reason = error.what();
+  } catch (const std::exception& error) {
+    const std::string reason = error.what();
     try {
       if (log.files_made()) snapshots.save();  // the last good one, however the job ended
     } catch (const std::exception& also) {
