@@ -37,7 +37,7 @@ struct Worker {
   EventReader events;
   std::deque<std::string> last_words;
   bool blames_others = false;  // it reported that its group failed
-  bool running = true;
+  bool running = false;
 };
 
 struct Death {
@@ -57,7 +57,6 @@ class Agent {
   void loop();
   void watch(int fd, Source source, int rank);
   Environment worker_environment(int rank) const;
-  std::string start_failure(int error) const;
 
   bool read_some(int rank, Source source);
   void drain(int rank);
@@ -182,13 +181,8 @@ Environment Agent::worker_environment(int rank) const {
   return environment;
 }
 
-std::string Agent::start_failure(int error) const {
-  return fmt::format("could not start {}: {}", options_.command[0], errno_text(error));
-}
-
 void Agent::start() {
   workers_ = std::vector<Worker>(static_cast<std::size_t>(options_.workers));
-  for (Worker& worker : workers_) worker.running = false;
   for (int rank = 0; rank < options_.workers; ++rank) {
     Worker& worker = workers_[static_cast<std::size_t>(rank)];
     worker.process = spawn(options_.command, worker_environment(rank),
@@ -207,7 +201,7 @@ void Agent::start() {
     std::error_code ignored;
     const bool here =
         error == ENOENT && !program.has_parent_path() && std::filesystem::exists(program, ignored);
-    throw ConfigError(start_failure(error),
+    throw ConfigError(fmt::format("could not start {}: {}", program.string(), errno_text(error)),
                       here ? fmt::format("did you mean ./{}?", program.string()) : "");
   }
   if (options_.on_tick) {
