@@ -64,14 +64,15 @@ void RunRecord::take(const nlohmann::json& event) {
     first_step_clock = event.at("clock").get<double>();
     if (clock == 0) clock = *first_step_clock;
   } else if (kind == "step") {
-    const double now = event.at("clock");
+    const double now = event.at("clock"), passed = now - clock;
     const std::uint64_t trained = event.at("samples");
-    const double rate =
-        trained < samples ? 0 : per_second(static_cast<double>(trained - samples), now - clock);
-    // The first event has no other before it; evaluation between two makes one rate too low.
-    constexpr double kNew = 0.3;
-    if (step > 0 || clock > 0)
-      samples_per_s = samples_per_s == 0 ? rate : (1 - kNew) * samples_per_s + kNew * rate;
+    // The first event has none before it; a short interval says little.
+    if (step_clock_known && passed > 0 && trained >= samples_at_clock) {
+      const double rate = static_cast<double>(trained - samples_at_clock) / passed;
+      samples_per_s += (samples_per_s == 0 ? 1 : -std::expm1(-passed)) * (rate - samples_per_s);
+    }
+    step_clock_known = true;
+    samples_at_clock = trained;
     step = event.at("step");
     epoch = event.at("epoch");
     loss = number_in(event, "loss");
@@ -91,7 +92,7 @@ void RunRecord::take(const nlohmann::json& event) {
     step = event.at("step");
     epoch = record.epoch;
     samples = event.at("samples");
-    // The rate of the next step event must not count the evaluation.
+    // The rate at the next step must not count the evaluation.
     clock += record.evaluation_seconds;
   } else if (kind == "rank") {
     ranks[event.at("rank").get<int>()] = event;

@@ -39,7 +39,9 @@ struct RunRecord {
   std::int64_t epoch = 0;
   double loss = 0;
   double clock = 0;
-  double samples_per_s = 0;  // smoothed over the last events
+  std::uint64_t samples_at_clock = 0;
+  bool step_clock_known = false;
+  double samples_per_s = 0;  // smoothed over about a second
 
   // Takes in one event of a kind it knows; others are ignored. Throws nlohmann's exceptions when a
   // member is missing or of a wrong type.
