@@ -34,7 +34,8 @@ std::string stop_reason(const TrainerOptions& options, const std::vector<EpochSu
                          options.tolerance_of_gradient_norm ? "gradient norm" : "loss", change,
                          last.epoch, options.tolerance);
   }
-  if (last.epoch >= options.epochs) return fmt::format("{} epochs", options.epochs);
+  if (last.epoch >= options.epochs)
+    return fmt::format("{} epoch{}", options.epochs, options.epochs == 1 ? "" : "s");
   return "";
 }
 
