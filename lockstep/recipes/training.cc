@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "lockstep/base/error.h"
 #include "lockstep/data/ledger.h"
@@ -146,8 +147,10 @@ void run_training(const World& world, const Job& job) {
   const Model model = make_model(job.model, rows.sample_shape, objective.outputs, job.train.seed);
   const Task task{model.module, model.forward, objective.loss, objective.correct};
   const DatasetBatches train(rows, data.normalization, objective.target_form);
-  const DatasetBatches held_out(data.sets.test, data.normalization, objective.target_form);
-  const BatchSource* test = data.sets.test.rows > 0 ? &held_out : nullptr;
+  std::optional<DatasetBatches> held_out;
+  if (data.sets.test.rows > 0)
+    held_out.emplace(data.sets.test, data.normalization, objective.target_form);
+  const BatchSource* test = held_out ? &*held_out : nullptr;
   const std::vector<NamedTensor> extra = input_tensors(data.normalization, rows.feature_names);
 
   if (job.optimizer.name == "closed_form") {

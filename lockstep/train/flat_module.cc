@@ -3,10 +3,12 @@
 #include <ATen/ops/clone.h>
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 
 #include "lockstep/bridge/dtypes.h"
+#include "lockstep/update/optimizer.h"
 
 namespace lockstep {
 namespace {
@@ -75,9 +77,19 @@ std::vector<std::span<std::byte>> FlatModule::integer_buffers() const {
 
 std::vector<NamedTensor> FlatModule::state() const {
   std::vector<NamedTensor> all = parameters_;
-  all.insert(all.end(), float_buffers_.begin(), float_buffers_.end());
-  all.insert(all.end(), integer_buffers_.begin(), integer_buffers_.end());
+  for (std::size_t i = 0; i < float_buffers_.size(); ++i)
+    all.push_back({float_buffers_[i].name, committed_floats_[i]});
+  for (std::size_t i = 0; i < integer_buffers_.size(); ++i)
+    all.push_back({integer_buffers_[i].name, committed_integers_[i]});
   return all;
+}
+
+bool FlatModule::is_finite() const {
+  double squares = sum_of_squares(weights_);
+  for (const at::Tensor& buffer : committed_floats_)
+    squares +=
+        sum_of_squares({buffer.const_data_ptr<float>(), static_cast<std::size_t>(buffer.numel())});
+  return std::isfinite(squares);
 }
 
 }  // namespace lockstep

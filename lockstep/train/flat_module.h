@@ -44,8 +44,10 @@ class FlatModule {
   // Buffers of other types, one byte span each: equal on all ranks that computed something.
   std::vector<std::span<std::byte>> integer_buffers() const;
 
-  // Every parameter and buffer by name.
+  // Every parameter, and every buffer as it was committed, by name: what a snapshot holds, whatever
+  // a forward that failed has done to the live buffers.
   std::vector<NamedTensor> state() const;
+  bool is_finite() const;  // all of it
 
  private:
   std::vector<NamedTensor> parameters_;

@@ -41,18 +41,20 @@ StepResult StepExecutor::run(const Ledger::Epoch& epoch, std::uint64_t step, std
     computed += losses_[v + 1] > 0 ? 1 : 0;
   }
   const std::span<float> gradient = sum.first(module_.gradient_size());
+  const std::span<float> buffers = sum.subspan(module_.gradient_size());
   const double squares = sum_of_squares(gradient);
-  if (!std::isfinite(result.loss_sum) || !std::isfinite(squares))
+  if (!std::isfinite(result.loss_sum + squares + sum_of_squares(buffers)))
     refuse_non_finite(epoch, step, number);
   result.gradient_norm = result.weight > 0 ? std::sqrt(squares) / result.weight : 0.0;
+
+  agree_on_integer_buffers(step);
 
   // Decided. From here on nothing can fail.
   double scale = result.weight > 0 ? 1.0 / result.weight : 0.0;
   if (options_.clip_grad_norm > 0 && result.gradient_norm > options_.clip_grad_norm)
     scale *= options_.clip_grad_norm / result.gradient_norm;
   optimizer_.step(module_.weights(), gradient, static_cast<float>(scale), lr);
-  module_.commit_buffers(sum.subspan(module_.gradient_size()), computed);
-  agree_on_integer_buffers(step);
+  module_.commit_buffers(buffers, computed);
   timer_.mark(Phase::optimizer);
   return result;
 }
@@ -109,18 +111,20 @@ void StepExecutor::refuse_non_finite(const Ledger::Epoch& epoch, std::uint64_t s
       bad[static_cast<std::size_t>(world_.rank())] = 1;
   world_.group().all_reduce(std::as_writable_bytes(std::span(bad)), Dtype::float64, Reduction::sum,
                             {.tag = "non-finite gradients"});
-  std::string what = "the sum of all ranks' gradients is not finite";
+  std::string what = "the sum of all ranks' gradients and buffers is not finite";
   for (std::size_t rank = bad.size(); rank-- > 0;)
-    if (bad[rank] > 0) what = fmt::format("the gradient of rank {} is not finite", rank);
+    if (bad[rank] > 0)
+      what = fmt::format("the gradient or a buffer of rank {} is not finite", rank);
   for (std::size_t rank = runs.size(); rank-- > 0;)
     for (int v = runs[rank].lo; v < runs[rank].hi; ++v)
       if (const double loss = losses_[2 * static_cast<std::size_t>(v)]; !std::isfinite(loss))
         what = fmt::format("the loss of rank {} is {}", rank, loss);
-  throw Error(
-      fmt::format("step {}: {}; training stopped before this step was applied and the last good "
-                  "weights are kept; "
-                  "hint: a smaller optimizer.lr, or train.clip_grad_norm",
-                  number + 1, what));
+  const char* const kept =
+      module_.is_finite()
+          ? "training stopped before this step was applied, and the last good weights are kept"
+          : "an earlier step's update overflowed; the weights of the last whole epoch are kept";
+  throw Error(fmt::format("step {}: {}; {}; hint: a smaller optimizer.lr, or train.clip_grad_norm",
+                          number + 1, what, kept));
 }
 
 // A short last batch can leave virtual ranks without samples, and a worker that computed nothing

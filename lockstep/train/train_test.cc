@@ -175,8 +175,9 @@ TEST(Trainer, RefusesANonFiniteGradientNamingTheRank) {
     trainer.fit(fixture.task, kSgd, {.lr = 0.1}, train, nullptr);
     FAIL() << "an infinite gradient was accepted";
   } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find("step 1: the gradient of rank 0 is not finite"),
-              std::string::npos)
+    EXPECT_NE(
+        std::string(error.what()).find("step 1: the gradient or a buffer of rank 0 is not finite"),
+        std::string::npos)
         << error.what();
   }
   EXPECT_EQ(fixture.bias(), 0.0f);
@@ -206,6 +207,36 @@ TEST(Trainer, BuffersAreAveragedOverVirtualRanks) {
     EXPECT_NEAR(norm->running_mean.item<float>(), 0.1 * mean, 1e-6);
     EXPECT_EQ(norm->num_batches_tracked.item<std::int64_t>(), 1);
   }
+}
+
+// What a refused step's forward did to the live buffers is not part of the state that is kept.
+TEST(FlatModule, StateIsTheCommittedOne) {
+  torch::nn::BatchNorm1d norm(1);
+  FlatModule module(*norm);
+  norm->running_var.fill_(std::numeric_limits<float>::infinity());
+  norm->num_batches_tracked.fill_(7);
+  EXPECT_TRUE(module.is_finite());
+  for (const NamedTensor& named : module.state()) {
+    const double expected = named.name == "running_var" || named.name == "weight" ? 1.0 : 0.0;
+    EXPECT_EQ(named.tensor.item<double>(), expected) << named.name;
+  }
+  module.weights()[0] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_FALSE(module.is_finite());
+}
+
+// Batch norm hides an overflowing variance from the loss.
+TEST(Trainer, RefusesANonFiniteBuffer) {
+  const Dataset data = table({0, 3e38f, -3e38f, 1}, {0, 0, 0, 0}, 1);
+  const DatasetBatches train(data, {}, TargetForm::values);
+  torch::nn::BatchNorm1d norm(1);
+  const Task task{norm.ptr(),
+                  [&](const at::Tensor& x) { return norm->forward(x).mul(0).nan_to_num(); },
+                  squared_error,
+                  {}};
+  const World world = init_from(Place{}, {});
+  EXPECT_THROW(Trainer(world, {.epochs = 1, .global_batch_size = 4})
+                   .fit(task, kSgd, {.lr = 0.0}, train, nullptr),
+               Error);
 }
 
 TEST(Evaluate, EverySampleOnceWithAShortLastBatch) {

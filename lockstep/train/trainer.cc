@@ -114,7 +114,7 @@ std::vector<EpochSummary> Run::go() {
   } catch (const CommError&) {
     throw;  // Others may have gone on or not: only whole epochs are known to be good.
   } catch (const Error&) {
-    snapshots_.write(static_cast<std::int64_t>(epochs.size()));
+    if (module_.is_finite()) snapshots_.write(static_cast<std::int64_t>(epochs.size()));
     throw;
   }
   world_.events().emit(rank_event(world_, timer_));
@@ -152,7 +152,7 @@ EpochSummary Run::run_epoch(std::int64_t epoch) {
   }
   if (world_.rank() == 0)
     report_epoch(summary, seconds(trained - started), seconds(Clock::now() - trained));
-  snapshots_.write(epoch);
+  if (module_.is_finite()) snapshots_.write(epoch);  // else the next step says so, and ends
   return summary;
 }
 
