@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from harness import (LOCKSTEP, Result, Skip, contains, equal, lockstep, main, make_idx_folder,
-                     processes, report_of, run, train)
+                     parent_of, processes, report_of, run, train)
 
 ENDLESS = ["--workers", "2", "--set", "train.epochs=1000000", "--set", "dataset.rows=20000"]
 
@@ -43,7 +43,8 @@ class Running:
     def workers(self):
         """The processes that train: those without children of their own."""
         found = [pid for pid in processes(self.mark) if pid != self.process.pid]
-        return sorted(pid for pid in found if not run("pgrep", "-P", pid, code=None).out)
+        parents = {parent_of(pid) for pid in found}
+        return sorted(pid for pid in found if pid not in parents)
 
     def end(self, code):
         out, err = self.process.communicate(timeout=60)

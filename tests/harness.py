@@ -132,6 +132,14 @@ def processes(text):
     return found
 
 
+def parent_of(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
 # --- Running ---
 
 
