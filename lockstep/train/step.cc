@@ -122,7 +122,8 @@ void StepExecutor::refuse_non_finite(const Ledger::Epoch& epoch, std::uint64_t s
   const char* const kept =
       module_.is_finite()
           ? "training stopped before this step was applied, and the last good weights are kept"
-          : "an earlier step's update overflowed; the weights of the last whole epoch are kept";
+          : "an earlier step's update overflowed; kept are the weights of the last whole epoch, if "
+            "any";
   throw Error(fmt::format("step {}: {}; {}; hint: a smaller optimizer.lr, or train.clip_grad_norm",
                           number + 1, what, kept));
 }
