@@ -37,17 +37,34 @@ toml::table parse_toml(std::string_view text, const std::string& where) {
   } catch (const toml::parse_error& error) {
     throw ConfigError(
         fmt::format("{}:{}: {}", where, error.source().begin.line, printable(error.description())),
-        "job files are TOML, https://toml.io");
+        error.description().find("64 bits") != std::string_view::npos
+            ? "whole numbers are at most 2^63 - 1"
+            : "job files are TOML, https://toml.io");
   }
 }
 
 std::string text_of(const toml::node& node) {
   if (const auto* text = node.as_string()) return '"' + printable(text->get()) + '"';
   if (const auto* integer = node.as_integer()) return fmt::format("{}", integer->get());
-  if (const auto* number = node.as_floating_point()) return fmt::format("{}", number->get());
+  if (const auto* number = node.as_floating_point()) return fmt::format("{:#}", number->get());
   if (const auto* boolean = node.as_boolean()) return boolean->get() ? "true" : "false";
   if (node.is_table()) return "a table";
   return node.is_array() ? "a list" : "a date or time";
+}
+
+bool is_whole_number(std::string_view text) {
+  text.remove_prefix(text.starts_with('-') || text.starts_with('+') ? 1 : 0);
+  return !text.empty() && text.find_first_not_of("0123456789_") == std::string_view::npos;
+}
+
+// The value of a --set, which is TOML; std::nullopt: a bare word.
+std::optional<toml::table> parse_value(const std::string& value) {
+  try {
+    toml::table table = toml::parse("value = " + value);
+    if (table.size() == 1) return table;
+  } catch (const toml::parse_error&) {
+  }
+  return std::nullopt;
 }
 
 // One value of the job, checked by the schema.
@@ -130,12 +147,18 @@ class Builder {
  public:
   explicit Builder(std::string name) : name_(std::move(name)) {}
 
-  void apply(const toml::table& table, Level level, const std::string& prefix = "");
+  void apply(const toml::table& table, Level level, const std::string& prefix = "") {
+    apply(table, prefix, [&](const toml::key& key) {
+      return Origin{level, fmt::format("{}:{}", name_, key.source().begin.line)};
+    });
+  }
   void apply(const Override& setting);
   Job resolve() &&;
   const Job& job() const { return job_; }
 
  private:
+  template <typename OriginOf>
+  void apply(const toml::table& table, const std::string& prefix, const OriginOf& origin_of);
   void set(std::string_view name, const toml::node& node, Origin origin);
   Level level_of(std::string_view name) const {
     const auto found = origins_.find(name);
@@ -149,6 +172,7 @@ class Builder {
     fail(found == origins_.end() ? name_ : found->second.where, key, message, hint);
   }
   void check_data(const job::Recipe& recipe) const;
+  void check_schedule() const;
   void check_model(const job::Recipe& recipe, bool classification) const;
   void resolve_batch();
 
@@ -169,13 +193,15 @@ void Builder::set(std::string_view name, const toml::node& node, Origin origin) 
   if (origin.level != Level::defaults) origins_[key->name] = std::move(origin);
 }
 
-void Builder::apply(const toml::table& table, Level level, const std::string& prefix) {
+template <typename OriginOf>
+void Builder::apply(const toml::table& table, const std::string& prefix,
+                    const OriginOf& origin_of) {
   for (const auto& [key, node] : table) {
     const std::string name = prefix + std::string(key.str());
     if (node.is_table() && job::is_section(name)) {
-      apply(*node.as_table(), level, name + '.');
+      apply(*node.as_table(), name + '.', origin_of);
     } else {
-      set(name, node, {level, fmt::format("{}:{}", name_, key.source().begin.line)});
+      set(name, node, origin_of(key));
     }
   }
 }
@@ -186,19 +212,19 @@ void Builder::apply(const Override& setting) {
   const bool is_quoted = !setting.value.empty() &&
                          std::string_view("\"'").find(setting.value[0]) != std::string_view::npos;
   // A bare word is a string; for a text key everything is (a path may look like a date).
-  toml::table table;
-  try {
-    if (is_text && !is_quoted) throw ConfigError("");
-    table = parse_toml("value = " + setting.value, setting.where);
-    if (table.size() != 1) throw ConfigError("");
-  } catch (const ConfigError&) {
-    try {
-      table = toml::parse("value = " + job::toml_string(setting.value));
-    } catch (const toml::parse_error&) {
-      fail(setting.where, setting.key, "the value is not UTF-8 text");
-    }
-  }
-  set(setting.key, *table.get("value"), {Level::command_line, setting.where});
+  std::optional<toml::table> table;
+  if (!is_text || is_quoted) table = parse_value(setting.value);
+  if (!table && key && !is_text && is_whole_number(setting.value))
+    fail(setting.where, setting.key, printable(setting.value) + " is too large",
+         "allowed: " + key->limits.text());
+  if (!table) table = parse_value(job::toml_string(setting.value));
+  if (!table) fail(setting.where, setting.key, "the value is not UTF-8 text");
+  const toml::node& value = *table->get("value");
+  const Origin origin{Level::command_line, setting.where};
+  if (value.is_table() && job::is_section(setting.key))
+    apply(*value.as_table(), setting.key + '.', [&](const toml::key&) { return origin; });
+  else
+    set(setting.key, value, origin);
 }
 
 void Builder::check_data(const job::Recipe& recipe) const {
@@ -216,8 +242,8 @@ void Builder::check_data(const job::Recipe& recipe) const {
           "dataset.delimiter",
           fmt::format("{} cannot separate columns", job::toml_string(delimiter)),
           R"(one character, such as ",", ";" or "\t")");
-  require(!recipe.images || job_.split.test == 0, "split.test",
-          fmt::format("{} has a test set of its own", recipe.name), "leave it out");
+  require(recipe.name == "csv" || job_.dataset.target.empty(), "dataset.target", "is for csv",
+          "leave it out");
   require(recipe.images || job_.dataset.normalize != "unit", "dataset.normalize",
           "\"unit\" is for images", "\"standard\" or \"none\"");
   const auto& classes = job_.dataset.classes;
@@ -229,6 +255,16 @@ void Builder::check_data(const job::Recipe& recipe) const {
   require(static_cast<double>(job_.dataset.rows) * static_cast<double>(job_.dataset.features) <=
               (1 << 30),
           "dataset.rows", "rows × features is above 2^30", "make fewer");
+}
+
+void Builder::check_schedule() const {
+  const std::string& name = job_.schedule.name;
+  require(name == "linear" || name == "cosine" || job_.schedule.warmup_steps == 0,
+          "schedule.warmup_steps", fmt::format("schedule.name = \"{}\" has no warm-up", name),
+          "schedule.name = \"linear\" or \"cosine\", or leave it out");
+  require(name == "cosine" || job_.schedule.min_lr == 0, "schedule.min_lr",
+          fmt::format("schedule.name = \"{}\" has no use for it", name),
+          "schedule.name = \"cosine\", or leave it out");
 }
 
 void Builder::check_model(const job::Recipe& recipe, bool classification) const {
@@ -286,7 +322,9 @@ Job Builder::resolve() && {
       recipe->images || (job_.recipe == "csv" && job_.dataset.task == "classification");
   if (level_of("loss.name") == Level::defaults)
     job_.loss.name = classification ? "cross_entropy" : "mean_squared_error";
+  if (job_.dataset.delimiter == "\\t") job_.dataset.delimiter = "\t";  // as a shell leaves it
   check_data(*recipe);
+  check_schedule();
   check_model(*recipe, classification);
   resolve_batch();
   if (!job_.data.empty())

@@ -1,5 +1,6 @@
 #include "lockstep/job/job.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -39,6 +40,8 @@ TEST(Nearest, FindsTyposAndNothingFarAway) {
   EXPECT_EQ(nearest("admaw", words), "adamw");
   EXPECT_EQ(nearest("adm", words), "adam");
   EXPECT_EQ(nearest("momentun", words), "momentum");
+  EXPECT_EQ(nearest("SGD", words), "sgd");
+  EXPECT_EQ(nearest("y", {"x", "Y"}), "Y");
   EXPECT_EQ(nearest("rmsprop", words), "");
   EXPECT_EQ(nearest("", words), "");
   EXPECT_EQ(nearest("sgd", {}), "");
@@ -151,7 +154,7 @@ TEST(Job, WrongTypes) {
 TEST(Job, OutOfRange) {
   EXPECT_EQ(error_of_mnist("train.epochs = 0"),
             "job.toml:3: train.epochs: 0 is out of range; hint: allowed: >= 1 and <= 1000000");
-  EXPECT_THAT(error_of_mnist("optimizer.lr = 0"), EndsWith("hint: allowed: > 0"));
+  EXPECT_THAT(error_of_mnist("optimizer.lr = 0"), EndsWith("allowed: >= 1e-30 and <= 1e+30"));
   EXPECT_THAT(error_of_mnist("model.dropout = 1.0"), EndsWith("hint: allowed: >= 0 and < 1"));
   EXPECT_THAT(error_of_mnist("optimizer.lr = nan"), HasSubstr("nan is not a finite number"));
   EXPECT_THAT(error_of_mnist("optimizer.lr = inf"), HasSubstr("inf is not a finite number"));
@@ -159,6 +162,26 @@ TEST(Job, OutOfRange) {
   EXPECT_THAT(error_of_mnist("model.widths = [3, 0]"), HasSubstr("model.widths: 0 is out of"));
   EXPECT_EQ(parse_job("recipe='fashion-mnist'\ntrain.seed = 9223372036854775807", "j").train.seed,
             9223372036854775807u);
+}
+
+// What becomes fp32 stays finite there, stays above 0 and stays below 1.
+TEST(Job, NumbersFitFloats) {
+  for (const char* key : {"optimizer.lr", "optimizer.eps", "loss.delta"}) {
+    for (const char* value : {"1e31", "1e300", "1e-31", "5e-324", "0", "-1"})
+      EXPECT_THAT(error_of_mnist(fmt::format("{} = {}", key, value)),
+                  EndsWith("is out of range; hint: allowed: >= 1e-30 and <= 1e+30"))
+          << key << value;
+  }
+  for (const char* key : {"schedule.min_lr", "train.clip_grad_norm", "dataset.noise"})
+    EXPECT_THAT(error_of_mnist(fmt::format("{} = 1e39", key)),
+                EndsWith("allowed: >= 0 and <= 1e+30"));
+  for (const char* key : {"optimizer.momentum", "optimizer.beta1", "optimizer.beta2"})
+    EXPECT_THAT(error_of_mnist(fmt::format("{} = 0.99999999", key)),
+                EndsWith("allowed: >= 0 and <= 0.9999999"));
+  EXPECT_LT(static_cast<float>(0.9999999), 1.0f);
+  EXPECT_THAT(error_of_mnist("optimizer.weight_decay = 1e7"),
+              EndsWith("allowed: >= 0 and <= 1000000"));
+  EXPECT_THAT(error_of_mnist("schedule.gamma = 1.5"), EndsWith("allowed: > 0 and <= 1"));
 }
 
 TEST(Job, UnknownWords) {
@@ -211,7 +234,32 @@ TEST(Job, OverridesWinAndTakeBareWords) {
               HasSubstr("must be an integer, not \"1\\u000Arecipe = 'csv'\""));
   EXPECT_THAT(error_of(file, {{"train.epochs", "", "--set"}}), HasSubstr("must be an integer"));
   EXPECT_THAT(error_of(file, {{"data", "\xff", "--data"}}), HasSubstr("not UTF-8"));
-  EXPECT_THAT(error_of(file, {{"train", "{epochs = 3}", "--set"}}), HasSubstr("train: must be a"));
+  EXPECT_THAT(error_of(file, {{"train", "3", "--set"}}), HasSubstr("train: must be a table"));
+}
+
+TEST(Job, OverridesMayBeInlineTables) {
+  const std::string file = "recipe = 'linear-regression'\nsplit.test = 0.1";
+  const Job job = parse_job(file, "j", {{"split", "{test = 0.25, seed = 7}", "--set"}});
+  EXPECT_EQ(job.split.test, 0.25);
+  EXPECT_EQ(job.split.seed, 7u);
+  EXPECT_EQ(error_of(file, {{"split", "{tets=0.2}", "--set"}}),
+            "--set: split.tets: unknown key; hint: did you mean split.test?");
+  EXPECT_EQ(error_of(file, {{"split", "{test=2}", "--set"}}),
+            "--set: split.test: 2 is out of range; hint: allowed: >= 0 and < 1");
+  EXPECT_THAT(error_of(file, {{"split", "{test=", "--set"}}),
+              HasSubstr("split: must be a table, not \"{test=\""));
+}
+
+TEST(Job, WholeNumbersThatAreTooLarge) {
+  const std::string file = "recipe = 'linear-regression'\n";
+  EXPECT_EQ(error_of(file, {{"train.epochs", "99999999999999999999", "--set"}}),
+            "--set: train.epochs: 99999999999999999999 is too large; hint: allowed: >= 1 and <= "
+            "1000000");
+  EXPECT_THAT(error_of(file, {{"train.seed", "18446744073709551615", "--set"}}),
+              EndsWith("is too large; hint: allowed: >= 0 and <= 2^63 - 1"));
+  EXPECT_THAT(error_of(file + "train.seed = 18446744073709551615"),
+              EndsWith("hint: whole numbers are at most 2^63 - 1"));
+  EXPECT_THAT(error_of(file + "train.epochs = 1e3"), HasSubstr("must be an integer, not 1000.0"));
 }
 
 TEST(Job, BatchSizeSetAtTheHigherLevelCounts) {
@@ -270,7 +318,10 @@ TEST(Job, KeysThatDoNotFitTogether) {
       {made + "loss.one_hot = true", "loss.one_hot: is for cross_entropy"},
       {"recipe = 'fashion-mnist'\nloss.name = 'mean_squared_error'", "does not fit classes"},
       {"recipe = 'fashion-mnist'\nloss.name = 'hinge'", "hinge needs exactly two classes"},
-      {"recipe = 'fashion-mnist'\nsplit.test = 0.1", "has a test set of its own"},
+      {"recipe = 'fashion-mnist'\nschedule.warmup_steps = 3", "\"constant\" has no warm-up"},
+      {made + "schedule = {name = 'step', warmup_steps = 3}", "\"step\" has no warm-up"},
+      {made + "schedule = {name = 'linear', min_lr = 1}", "schedule.min_lr: schedule.name = "},
+      {"recipe = 'fashion-mnist'\ndataset.target = 'y'", "dataset.target: is for csv"},
       {"recipe = 'fashion-mnist'\nmodel.batch_norm = true", "is for the cnn"},
       {"recipe = 'fashion-mnist'\ndataset.classes = [1]", "one class"},
       {"recipe = 'fashion-mnist'\ndataset.classes = [1, 1]", "twice"},
@@ -285,6 +336,21 @@ TEST(Job, KeysThatDoNotFitTogether) {
       parse_job("recipe = 'fashion-mnist'\nloss.name = 'hinge'\ndataset.classes = [0, 1]", "j")
           .loss.name,
       "hinge");
+}
+
+TEST(Job, WhatFitsTogether) {
+  for (const char* name : {"linear", "cosine"})
+    EXPECT_EQ(parse_job(fmt::format("recipe = 'fashion-mnist'\nschedule.name = '{}'\n"
+                                    "schedule.warmup_steps = 3",
+                                    name),
+                        "j")
+                  .schedule.warmup_steps,
+              3);
+  const Job held_out = parse_job("recipe = 'fashion-mnist'\nsplit.test = 0.1", "j");
+  EXPECT_EQ(held_out.split.test, 0.1);
+  EXPECT_EQ(parse_job(to_toml(held_out), "j"), held_out);
+  const std::string csv = "recipe = 'csv'\ndata = 't.csv'\ndataset.target = 'y'\n";
+  EXPECT_EQ(parse_job(csv, "j", {{"dataset.delimiter", "\\t", "--set"}}).dataset.delimiter, "\t");
 }
 
 TEST(Job, ResolvedJobRunsAgainAsItIs) {
@@ -307,14 +373,14 @@ TEST(Job, ResolvedJobRunsAgainAsItIs) {
   std::mt19937_64 random(1);
   std::uniform_real_distribution<double> exponent(-300, 300);
   for (int i = 0; i < 300; ++i) {
-    job.optimizer.lr = std::pow(10.0, exponent(random));
+    job.train.tolerance = std::pow(10.0, exponent(random));
     job.dataset.noise = std::ldexp(static_cast<double>(random()), -70);
-    EXPECT_EQ(parse_job(to_toml(job), "j"), job) << job.optimizer.lr;
+    EXPECT_EQ(parse_job(to_toml(job), "j"), job) << job.train.tolerance;
   }
   for (double value :
        {1e16, 5e-324, 1.7976931348623157e308, 0.1, 3.0, 1e22, 123456789012345678.0}) {
-    job.optimizer.lr = value;
-    EXPECT_EQ(parse_job(to_toml(job), "j").optimizer.lr, value);
+    job.train.tolerance = value;
+    EXPECT_EQ(parse_job(to_toml(job), "j").train.tolerance, value);
   }
 }
 

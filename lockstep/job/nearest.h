@@ -10,9 +10,13 @@
 namespace lockstep {
 
 // By edit distance: Levenshtein with swaps of neighbours ("optimal string alignment"), of which a
-// third of the word may differ. "" when none is near.
+// third of the word may differ; upper and lower case (of ASCII) are the same. "" when none is near.
 inline std::string nearest(std::string_view word, const std::vector<std::string>& candidates) {
   constexpr std::size_t kLongest = 64;
+  const auto same_letter = [](char a, char b) {
+    const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : +c; };
+    return lower(a) == lower(b);
+  };
   if (word.empty() || word.size() > kLongest) return "";
   std::string best;
   std::size_t best_distance = std::max<std::size_t>(1, word.size() / 3) + 1;
@@ -27,9 +31,10 @@ inline std::string nearest(std::string_view word, const std::vector<std::string>
           at(i, j) = i + j;
           continue;
         }
-        const bool same = word[i - 1] == candidate[j - 1];
+        const bool same = same_letter(word[i - 1], candidate[j - 1]);
         at(i, j) = std::min({at(i - 1, j) + 1, at(i, j - 1) + 1, at(i - 1, j - 1) + !same});
-        if (i > 1 && j > 1 && word[i - 1] == candidate[j - 2] && word[i - 2] == candidate[j - 1])
+        if (i > 1 && j > 1 && same_letter(word[i - 1], candidate[j - 2]) &&
+            same_letter(word[i - 2], candidate[j - 1]))
           at(i, j) = std::min(at(i, j), at(i - 2, j - 2) + 1);
       }
     }

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 namespace lockstep::job {
@@ -19,8 +20,12 @@ constexpr double kMostSeed = 9223372036854775807.0;  // TOML's integers are sign
 
 Limits between(double low, double high) { return {.low = low, .high = high}; }
 Limits at_least(double low) { return {.low = low, .high = kMost}; }
-Limits above(double low) { return {.low = low, .high = kMost, .low_excluded = true}; }
 Limits fraction() { return {.low = 0, .high = 1, .high_excluded = true}; }
+// Numbers that the optimizers take as fp32, where products of two of them must not overflow either
+// and what is below 1 or above 0 has to stay so.
+Limits positive_float() { return between(1e-30, 1e30); }
+Limits float_from_0() { return between(0, 1e30); }
+Limits float_fraction() { return between(0, 0.9999999); }
 Limits one_of(std::vector<std::string> words) { return {.words = std::move(words)}; }
 Limits any() { return {}; }
 
@@ -41,7 +46,8 @@ std::vector<Key> make_schema() {
        "folder to write to; empty: runs/RECIPE-N with the next free N", false},
 
       {"split.test", member<&Job::split, &SplitSettings::test>, fraction(),
-       "fraction of the rows held out as the test set; 0: none"},
+       "fraction of the rows held out as the test set; 0: none, or the images' own (t10k-…), which "
+       "need not exist otherwise"},
       {"split.seed", member<&Job::split, &SplitSettings::seed>, seed, "which rows are held out"},
 
       {"dataset.normalize", member<&Job::dataset, &D::normalize>,
@@ -49,16 +55,18 @@ std::vector<Key> make_schema() {
        "unit: pixels / 255; standard: mean 0 and deviation 1, measured on the training set"},
       {"dataset.classes", member<&Job::dataset, &D::classes>, between(0, 255),
        "images: only these classes, renamed 0, 1, …; empty: all"},
-      {"dataset.target", member<&Job::dataset, &D::target>, any(), "csv: the target column's name"},
+      {"dataset.target", member<&Job::dataset, &D::target>, any(),
+       "csv: the target column's name; a table to predict may lack the column, and one empty cell "
+       "in it is as good as that"},
       {"dataset.task", member<&Job::dataset, &D::task>, one_of({"regression", "classification"}),
        "csv: what the target is; classes are the whole numbers from 0"},
       {"dataset.delimiter", member<&Job::dataset, &D::delimiter>, any(),
-       "csv: the character between columns"},
+       "csv: the character between columns; `\\t`: a tab"},
       {"dataset.rows", member<&Job::dataset, &D::rows>, between(2, 1e8),
        "linear-regression: rows to make"},
       {"dataset.features", member<&Job::dataset, &D::features>, between(1, 1e5),
        "linear-regression: columns to make"},
-      {"dataset.noise", member<&Job::dataset, &D::noise>, at_least(0),
+      {"dataset.noise", member<&Job::dataset, &D::noise>, float_from_0(),
        "linear-regression: standard deviation of the noise"},
       {"dataset.seed", member<&Job::dataset, &D::seed>, seed,
        "linear-regression: seed of rows and weights"},
@@ -76,13 +84,13 @@ std::vector<Key> make_schema() {
       {"optimizer.name", member<&Job::optimizer, &O::name>,
        one_of({"sgd", "momentum", "nesterov", "adam", "adamw", "closed_form"}),
        "closed_form: linear-regression's exact solution, no gradient"},
-      {"optimizer.lr", member<&Job::optimizer, &O::lr>, above(0), "learning rate"},
-      {"optimizer.momentum", member<&Job::optimizer, &O::momentum>, fraction(),
+      {"optimizer.lr", member<&Job::optimizer, &O::lr>, positive_float(), "learning rate"},
+      {"optimizer.momentum", member<&Job::optimizer, &O::momentum>, float_fraction(),
        "momentum, nesterov"},
-      {"optimizer.beta1", member<&Job::optimizer, &O::beta1>, fraction(), "adam, adamw"},
-      {"optimizer.beta2", member<&Job::optimizer, &O::beta2>, fraction(), "adam, adamw"},
-      {"optimizer.eps", member<&Job::optimizer, &O::eps>, above(0), "adam, adamw"},
-      {"optimizer.weight_decay", member<&Job::optimizer, &O::weight_decay>, at_least(0),
+      {"optimizer.beta1", member<&Job::optimizer, &O::beta1>, float_fraction(), "adam, adamw"},
+      {"optimizer.beta2", member<&Job::optimizer, &O::beta2>, float_fraction(), "adam, adamw"},
+      {"optimizer.eps", member<&Job::optimizer, &O::eps>, positive_float(), "adam, adamw"},
+      {"optimizer.weight_decay", member<&Job::optimizer, &O::weight_decay>, between(0, 1e6),
        "adamw: decoupled; the others: added to the gradient"},
 
       {"schedule.name", member<&Job::schedule, &C::name>,
@@ -90,18 +98,19 @@ std::vector<Key> make_schema() {
        "linear: warm-up, then constant; cosine: warm-up, then down to min_lr"},
       {"schedule.warmup_steps", member<&Job::schedule, &C::warmup_steps>, between(0, 1e12),
        "linear, cosine: steps from 0 up to lr"},
-      {"schedule.min_lr", member<&Job::schedule, &C::min_lr>, at_least(0),
+      {"schedule.min_lr", member<&Job::schedule, &C::min_lr>, float_from_0(),
        "cosine: learning rate at the end"},
       {"schedule.step_epochs", member<&Job::schedule, &C::step_epochs>, between(1, 1e6),
        "step: every so many epochs …"},
-      {"schedule.gamma", member<&Job::schedule, &C::gamma>, above(0), "step: … times this"},
+      {"schedule.gamma", member<&Job::schedule, &C::gamma>,
+       Limits{.low = 0, .high = 1, .low_excluded = true}, "step: … times this"},
 
       {"loss.name", member<&Job::loss, &L::name>,
        one_of({"cross_entropy", "mean_squared_error", "huber", "hinge"}),
        "hinge: two classes; mean_squared_error, huber: regression"},
       {"loss.one_hot", member<&Job::loss, &L::one_hot>, any(),
        "cross_entropy: targets as one-hot rows"},
-      {"loss.delta", member<&Job::loss, &L::delta>, above(0),
+      {"loss.delta", member<&Job::loss, &L::delta>, positive_float(),
        "huber: where the loss turns from square to linear"},
 
       {"train.epochs", member<&Job::train, &T::epochs>, between(1, 1e6), "passes over the data"},
@@ -118,7 +127,7 @@ std::vector<Key> make_schema() {
        "first weights, order of samples, dropout"},
       {"train.shuffle", member<&Job::train, &T::shuffle>, any(),
        "a new order of samples each epoch"},
-      {"train.clip_grad_norm", member<&Job::train, &T::clip_grad_norm>, at_least(0),
+      {"train.clip_grad_norm", member<&Job::train, &T::clip_grad_norm>, float_from_0(),
        "largest norm of the gradient; 0: no clipping"},
       {"train.tolerance", member<&Job::train, &T::tolerance>, at_least(0),
        "stop when tolerance_of changes less from one epoch to the next; 0: off"},
@@ -137,7 +146,9 @@ std::vector<Key> make_schema() {
 }
 
 std::string number(double value) {
-  const bool whole = value == static_cast<double>(static_cast<std::int64_t>(value));
+  constexpr double kWritten = 1e15;  // in digits
+  if (value == kMostSeed) return "2^63 - 1";
+  const bool whole = std::abs(value) < kWritten && value == std::floor(value);
   return whole ? fmt::format("{}", static_cast<std::int64_t>(value)) : fmt::format("{}", value);
 }
 
@@ -174,8 +185,7 @@ bool Limits::contain(double value) const {
 
 std::string Limits::text() const {
   std::string result = fmt::format("{} {}", low_excluded ? ">" : ">=", number(low));
-  if (high < kMostSeed)
-    result += fmt::format(" and {} {}", high_excluded ? "<" : "<=", number(high));
+  if (high < kMost) result += fmt::format(" and {} {}", high_excluded ? "<" : "<=", number(high));
   return result;
 }
 

@@ -71,7 +71,9 @@ double sum_of_squares(std::span<const float> values) {
 }
 
 double learning_rate(const Schedule& schedule, std::int64_t step) {
-  if (step < schedule.warmup_steps)
+  const bool warms_up =
+      schedule.kind == Schedule::Kind::linear || schedule.kind == Schedule::Kind::cosine;
+  if (warms_up && step < schedule.warmup_steps)
     return schedule.lr * static_cast<double>(step + 1) / static_cast<double>(schedule.warmup_steps);
   switch (schedule.kind) {
     case Schedule::Kind::constant:

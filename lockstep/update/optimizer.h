@@ -50,7 +50,7 @@ struct Schedule {
   enum class Kind : std::uint8_t { constant, linear, cosine, step } kind = Kind::constant;
   double lr = 1e-3;
   double min_lr = 0.0;            // cosine: the rate at total_steps and after
-  std::int64_t warmup_steps = 0;  // any kind: lr * (step + 1) / warmup_steps before its own course
+  std::int64_t warmup_steps = 0;  // linear, cosine: lr * (step + 1) / warmup_steps, at first
   std::int64_t total_steps = 1;   // cosine
   std::int64_t step_size = 1;     // step: in steps
   double gamma = 0.1;

@@ -252,5 +252,15 @@ TEST(LearningRate, StepFallsByGamma) {
   EXPECT_EQ(learning_rate(step, 90), 0.125);
 }
 
+TEST(LearningRate, OnlyLinearAndCosineWarmUp) {
+  using Kind = Schedule::Kind;
+  for (const Kind kind : {Kind::constant, Kind::step, Kind::linear, Kind::cosine}) {
+    const bool warms_up = kind == Kind::linear || kind == Kind::cosine;
+    const Schedule schedule{
+        .kind = kind, .lr = 1.0, .warmup_steps = 4, .total_steps = 100, .step_size = 50};
+    EXPECT_EQ(learning_rate(schedule, 0), warms_up ? 0.25 : 1.0);
+  }
+}
+
 }  // namespace
 }  // namespace lockstep
