@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <string_view>
 
@@ -23,13 +24,33 @@ std::string_view trimmed(std::string_view text) {
   return text.substr(first, text.find_last_not_of(" \t") - first + 1);
 }
 
-// For messages: one line, not too long.
+// Bytes of the UTF-8 character that a text begins with; 0: none that can be shown.
+std::size_t printable_length(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  const unsigned char first = byte(0);
+  if (first < 0x80) return first >= 0x20 && first != 0x7f ? 1 : 0;
+  const std::size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
+  if (first < 0xc2 || first > 0xf4 || text.size() < length) return 0;
+  for (std::size_t i = 1; i < length; ++i)
+    if ((byte(i) & 0xc0) != 0x80) return 0;
+  // Overlong forms, surrogates, what is beyond Unicode; C1 control characters.
+  const unsigned char second = byte(1);
+  const bool wrong = (first == 0xe0 && second < 0xa0) || (first == 0xed && second >= 0xa0) ||
+                     (first == 0xf0 && second < 0x90) || (first == 0xf4 && second >= 0x90) ||
+                     (first == 0xc2 && second < 0xa0);
+  return wrong ? 0 : length;
+}
+
+// For messages: one line of UTF-8, whatever the text; not too long.
 std::string shown(std::string_view text) {
   constexpr std::size_t kMostShown = 40;
-  std::string result(text.substr(0, kMostShown));
-  for (char& c : result)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
-  return '"' + result + (text.size() > kMostShown ? "…\"" : "\"");
+  std::string result = "\"";
+  while (!text.empty() && result.size() <= kMostShown) {
+    const std::size_t length = printable_length(text);
+    result += length == 0 ? "?" : text.substr(0, length);
+    text.remove_prefix(std::max<std::size_t>(length, 1));
+  }
+  return result + (text.empty() ? "\"" : "…\"");
 }
 
 // Splits a text into records as RFC 4180 has them, and counts lines as an editor does. (libcsv
@@ -107,15 +128,26 @@ class Records {
   std::size_t next_line_ = 1;
 };
 
+// A header of a single column that holds what usually separates columns; "" otherwise.
+std::string delimiter_hint(const std::vector<std::string>& header) {
+  if (header.size() != 1) return "";
+  const std::size_t found = header[0].find_first_of(";\t,|");
+  if (found == std::string::npos) return "";
+  const std::string delimiter = header[0][found] == '\t' ? "\\t" : header[0].substr(found, 1);
+  return fmt::format("dataset.delimiter = \"{}\"", delimiter);
+}
+
 // Where a column lies; throws with the nearest column as a hint.
 std::size_t find_column(const std::vector<std::string>& header, const std::string& column,
                         const std::string& place, std::string_view what) {
   const auto found = std::find(header.begin(), header.end(), column);
   if (found != header.end()) return static_cast<std::size_t>(found - header.begin());
   const std::string near = nearest(column, header);
+  const std::string delimiter = delimiter_hint(header);
   throw ConfigError(fmt::format("{}: there is no {} column {}", place, what, shown(column)),
-                    near.empty() ? fmt::format("the first column is {}", shown(header[0]))
-                                 : fmt::format("did you mean {}?", shown(near)));
+                    !delimiter.empty() ? delimiter
+                    : near.empty()     ? fmt::format("the first column is {}", shown(header[0]))
+                                       : fmt::format("did you mean {}?", shown(near)));
 }
 
 std::vector<std::string> read_header(Records& records, const std::string& name) {
@@ -134,7 +166,8 @@ std::vector<std::string> read_header(Records& records, const std::string& name) 
   return header;
 }
 
-float read_number(const Records& records, std::size_t column, const std::string& column_name) {
+float read_number(const Records& records, std::size_t column, const std::string& column_name,
+                  std::string_view hint_for_words = "") {
   const auto bad = [&](std::string_view why, std::string_view hint = "") {
     return ConfigError(fmt::format("{}: column {}: {} {}", records.place(), shown(column_name),
                                    shown(records[column]), why),
@@ -145,9 +178,11 @@ float read_number(const Records& records, std::size_t column, const std::string&
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error == std::errc::invalid_argument || end != text.data() + text.size())
-    throw bad("is not a number", text.empty() ? "fill the gap or drop the row" : "");
-  if (error == std::errc::result_out_of_range ||
-      (std::isfinite(value) && std::abs(value) > std::numeric_limits<float>::max()))
+    throw bad("is not a number", text.empty() ? "fill the gap or drop the row" : hint_for_words);
+  // from_chars does not tell too large from too small, which is 0.
+  const bool too_large = error == std::errc::result_out_of_range &&
+                         std::isinf(std::strtod(std::string(text).c_str(), nullptr));
+  if (too_large || (std::isfinite(value) && std::abs(value) > std::numeric_limits<float>::max()))
     throw bad("is beyond what a float holds");
   if (!std::isfinite(value)) throw bad("is not finite");
   return static_cast<float>(value);
@@ -155,7 +190,8 @@ float read_number(const Records& records, std::size_t column, const std::string&
 
 std::int64_t read_class(const Records& records, std::size_t column, const std::string& column_name,
                         std::int64_t class_count) {
-  const float value = read_number(records, column, column_name);
+  const float value =
+      read_number(records, column, column_name, "classes are whole numbers 0, 1, …");
   const std::int64_t most = class_count > 0 ? class_count : kMostClasses;
   if (!(value >= 0 && value < static_cast<float>(most) && value == std::floor(value)))
     throw ConfigError(fmt::format("{}: column {}: {} is not one of the classes", records.place(),
@@ -194,6 +230,12 @@ Dataset parse_csv(const std::string& content, const std::string& name, const Csv
                                     records.size(), header.size()));
     for (const std::size_t column : columns)
       data.values.push_back(read_number(records, column, header[column]));
+    if (target < header.size() && options.target_optional && records[target].empty()) {
+      target = header.size();
+      data.classes.clear();
+      data.targets.clear();
+      largest = -1;
+    }
     if (target < header.size() && options.classification) {
       data.classes.push_back(read_class(records, target, header[target], options.class_count));
       largest = std::max(largest, data.classes.back());

@@ -9,6 +9,7 @@
 namespace lockstep {
 namespace {
 
+using testing::EndsWith;
 using testing::HasSubstr;
 
 Dataset parse(const std::string& content, CsvOptions options = {.target = "y"}) {
@@ -63,6 +64,9 @@ TEST(Csv, Classes) {
             "t.csv:3: column \"y\": \"1.5\" is not one of the classes; hint: classes are the whole "
             "numbers 0 to 65535");
   EXPECT_THAT(error_of("a,y\n1,-1\n", options), HasSubstr("\"-1\" is not one of the classes"));
+  EXPECT_EQ(
+      error_of("a,y\n1,0\n2,cat\n", options),
+      "t.csv:3: column \"y\": \"cat\" is not a number; hint: classes are whole numbers 0, 1, …");
   EXPECT_THAT(error_of("a,y\n1,70000\n", options), HasSubstr("not one of the classes"));
   EXPECT_THAT(error_of("a,y\n1,3\n", {.target = "y", .classification = true, .class_count = 3}),
               HasSubstr("whole numbers 0 to 2"));
@@ -76,6 +80,39 @@ TEST(Csv, ForPredictionTheTargetMayBeMissingAndColumnsAreFoundByName) {
   EXPECT_EQ(parse("a,y,b\n1,5,2\n", options).targets, std::vector<float>{5});
   EXPECT_EQ(error_of("a,bb\n1,2\n", options),
             "t.csv:1: there is no feature column \"b\"; hint: did you mean \"bb\"?");
+}
+
+TEST(Csv, ForPredictionAnEmptyTargetIsAsGoodAsNone) {
+  for (const bool classification : {false, true}) {
+    CsvOptions options{.target = "y", .classification = classification, .target_optional = true};
+    const Dataset data = parse("a,y\n1,1\n2,\n3,1\n", options);
+    EXPECT_EQ(data.values, (std::vector<float>{1, 2, 3}));
+    EXPECT_TRUE(data.targets.empty());
+    EXPECT_TRUE(data.classes.empty());
+    EXPECT_EQ(data.class_count, 0);
+    options.target_optional = false;
+    EXPECT_THAT(error_of("a,y\n1,1\n2,\n", options), HasSubstr("t.csv:3: column \"y\": \"\" is"));
+  }
+}
+
+TEST(Csv, NumbersTooSmallAreZero) {
+  EXPECT_EQ(parse("a,b,y\n1e-400,-1e-50,2\n").values, (std::vector<float>{0, 0}));
+}
+
+TEST(Csv, AnotherDelimiterIsHintedAt) {
+  EXPECT_THAT(error_of("a;y\n1;2\n"), EndsWith("; hint: dataset.delimiter = \";\""));
+  EXPECT_THAT(error_of("a\ty\n1\t2\n"), EndsWith("; hint: dataset.delimiter = \"\\t\""));
+  EXPECT_THAT(error_of("a,y\n1,2\n", {.target = "y", .delimiter = ';'}),
+              EndsWith("; hint: dataset.delimiter = \",\""));
+  EXPECT_THAT(error_of("a,Y\n1,2\n"), EndsWith("; hint: did you mean \"Y\"?"));
+}
+
+TEST(Csv, MessagesAreTextWhateverTheFile) {
+  EXPECT_EQ(error_of("a,y\n\x01\xff\xc3\xa9\xed\xa0\x80\xc3,1\n"),
+            "t.csv:2: column \"a\": \"??é????\" is not a number");
+  // Cut between characters.
+  const std::string cut = error_of("a,y\n" + std::string(39, 'x') + "ééé,1\n");
+  EXPECT_THAT(cut, HasSubstr("xé…\""));
 }
 
 TEST(Csv, ErrorsNameLineAndColumn) {

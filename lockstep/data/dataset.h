@@ -50,6 +50,8 @@ IdxArray read_idx(const std::filesystem::path& path);
 // train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-… in a folder. Labels >= class_count are a
 // ConfigError naming file, row and value; so are counts that disagree.
 TrainTest load_idx_folder(const std::filesystem::path& folder, std::int64_t class_count);
+// Its training images alone; there need be no others.
+Dataset load_idx_training(const std::filesystem::path& folder, std::int64_t class_count);
 // Test images of a folder, or one IDX image file; labels when there are any. For prediction.
 Dataset load_idx_images(const std::filesystem::path& folder_or_file);
 
@@ -57,6 +59,7 @@ Dataset load_idx_images(const std::filesystem::path& folder_or_file);
 struct CsvOptions {
   std::string target = {};  // column name; may be absent from the file only when target_optional
   bool classification = false;  // targets are whole numbers 0 .. class_count - 1
+  // For prediction. The column may also have gaps; a single empty cell, and it is as if absent.
   bool target_optional = false;
   char delimiter = ',';
   std::int64_t class_count = 0;            // 0: the largest class in the file + 1

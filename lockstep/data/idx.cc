@@ -93,10 +93,27 @@ void check_folder(const fs::path& folder) {
                     "/usr/share/datasets/fashion-mnist");
 }
 
+IdxArray read_idx_or_hint(const fs::path& path, const std::string& hint_when_missing) {
+  const fs::path found = existing(path);
+  if (found.empty())
+    throw ConfigError(fmt::format("cannot read {}: there is neither this file nor {}.gz",
+                                  path.string(), path.filename().string()),
+                      hint_when_missing);
+  std::vector<std::byte> content;
+  try {
+    content = read_file(found);
+  } catch (const Error& error) {
+    throw ConfigError(error.what());
+  }
+  if (is_gzip(content)) return parse_idx(gunzip(content, found.string()), found.string());
+  const auto* first = reinterpret_cast<const std::uint8_t*>(content.data());
+  return parse_idx({first, first + content.size()}, found.string());
+}
+
 // Images and, unless labels_path is empty, their labels.
 Dataset load_pair(const fs::path& images_path, const fs::path& labels_path,
-                  std::int64_t class_count) {
-  IdxArray images = read_idx(images_path);
+                  std::int64_t class_count, const std::string& hint_when_missing = "") {
+  IdxArray images = read_idx_or_hint(images_path, hint_when_missing);
   if (images.shape.size() < 2)
     throw ConfigError(fmt::format("{}: holds labels, not images (shape {})", images_path.string(),
                                   shape_text(images.shape)));
@@ -108,7 +125,7 @@ Dataset load_pair(const fs::path& images_path, const fs::path& labels_path,
   data.class_count = class_count;
   if (labels_path.empty()) return data;
 
-  const IdxArray labels = read_idx(labels_path);
+  const IdxArray labels = read_idx_or_hint(labels_path, hint_when_missing);
   if (labels.shape.size() != 1)
     throw ConfigError(fmt::format("{}: holds no labels (shape {})", labels_path.string(),
                                   shape_text(labels.shape)));
@@ -160,34 +177,26 @@ IdxArray parse_idx(std::vector<std::uint8_t> content, const std::string& name) {
   return result;
 }
 
-IdxArray read_idx(const fs::path& path) {
-  const fs::path found = existing(path);
-  if (found.empty())
-    throw ConfigError(fmt::format("cannot read {}: there is neither this file nor {}.gz",
-                                  path.string(), path.filename().string()));
-  std::vector<std::byte> content;
-  try {
-    content = read_file(found);
-  } catch (const Error& error) {
-    throw ConfigError(error.what());
-  }
-  if (is_gzip(content)) return parse_idx(gunzip(content, found.string()), found.string());
-  const auto* first = reinterpret_cast<const std::uint8_t*>(content.data());
-  return parse_idx({first, first + content.size()}, found.string());
+IdxArray read_idx(const fs::path& path) { return read_idx_or_hint(path, ""); }
+
+Dataset load_idx_training(const fs::path& folder, std::int64_t class_count) {
+  check_folder(folder);
+  Dataset result = load_pair(folder / "train-images-idx3-ubyte", folder / "train-labels-idx1-ubyte",
+                             class_count);
+  result.source = folder.string();
+  return result;
 }
 
 TrainTest load_idx_folder(const fs::path& folder, std::int64_t class_count) {
-  check_folder(folder);
-  const auto load = [&](const std::string& part) {
-    return load_pair(folder / (part + "-images-idx3-ubyte"), folder / (part + "-labels-idx1-ubyte"),
-                     class_count);
-  };
-  TrainTest result{.train = load("train"), .test = load("t10k")};
+  TrainTest result{
+      .train = load_idx_training(folder, class_count),
+      .test = load_pair(folder / "t10k-images-idx3-ubyte", folder / "t10k-labels-idx1-ubyte",
+                        class_count, "split.test = 0.2 holds out some of the training images")};
   if (result.train.sample_shape != result.test.sample_shape)
     throw ConfigError(fmt::format("{}: training images are {}, test images {}", folder.string(),
                                   shape_text(result.train.sample_shape),
                                   shape_text(result.test.sample_shape)));
-  result.train.source = result.test.source = folder.string();
+  result.test.source = folder.string();
   return result;
 }
 

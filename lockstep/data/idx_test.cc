@@ -17,6 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using testing::AllOf;
+using testing::EndsWith;
 using testing::HasSubstr;
 
 using Bytes = std::vector<std::uint8_t>;
@@ -115,6 +116,17 @@ TEST_F(IdxFolder, LoadsBothParts) {
   EXPECT_EQ(data.train.class_count, 10);
 }
 
+TEST_F(IdxFolder, TrainingImagesNeedNoOthers) {
+  fs::remove(folder_ / "t10k-images-idx3-ubyte");
+  fs::remove(folder_ / "t10k-labels-idx1-ubyte");
+  EXPECT_EQ(load_idx_training(folder_, 10).rows, 4u);
+  EXPECT_EQ(load_idx_training(folder_, 10).source, folder_.string());
+  EXPECT_THAT(load_error(), HasSubstr("t10k-images-idx3-ubyte"));
+  fs::remove(folder_ / "train-labels-idx1-ubyte");
+  EXPECT_THAT(error_of([&] { load_idx_training(folder_, 10); }),
+              EndsWith("nor train-labels-idx1-ubyte.gz"));
+}
+
 TEST_F(IdxFolder, ReadsGzipByContentAndFindsTheOtherName) {
   const Bytes images = idx({4, 2, 3}, Bytes(24, 3));
   fs::remove(folder_ / "train-images-idx3-ubyte");
@@ -154,7 +166,8 @@ TEST_F(IdxFolder, DamagedGzip) {
 TEST_F(IdxFolder, MissingFilesAndFolders) {
   fs::remove(folder_ / "t10k-labels-idx1-ubyte");
   EXPECT_EQ(load_error(), "cannot read " + (folder_ / "t10k-labels-idx1-ubyte").string() +
-                              ": there is neither this file nor t10k-labels-idx1-ubyte.gz");
+                              ": there is neither this file nor t10k-labels-idx1-ubyte.gz; hint: "
+                              "split.test = 0.2 holds out some of the training images");
   const auto error = error_of([&] { load_idx_folder(folder_ / "nowhere", 10); });
   EXPECT_THAT(error, HasSubstr("cannot read the data folder " + (folder_ / "nowhere").string() +
                                ": No such file or directory; hint: "));

@@ -16,18 +16,20 @@ Normalization normalization_for(const Job& job, const Dataset& train) {
   return {std::move(mean), std::move(deviation)};
 }
 
-TrainTest load_images(const Job& job) {
-  TrainTest sets = load_idx_folder(job.data, kImageClasses);
-  if (!job.dataset.classes.empty()) {
-    sets.train = select_classes(sets.train, job.dataset.classes);
-    sets.test = select_classes(sets.test, job.dataset.classes);
-  }
-  return sets;
-}
-
 TrainTest split_if_asked(const Job& job, Dataset data) {
   if (job.split.test > 0) return split_dataset(data, job.split.test, job.split.seed);
   return {std::move(data), {}};
+}
+
+// Without a split the folder's own test set is the test set; with one it is not even read.
+TrainTest load_images(const Job& job) {
+  const auto kept = [&](Dataset data) {
+    return job.dataset.classes.empty() ? data : select_classes(data, job.dataset.classes);
+  };
+  if (job.split.test > 0)
+    return split_if_asked(job, kept(load_idx_training(job.data, kImageClasses)));
+  TrainTest sets = load_idx_folder(job.data, kImageClasses);
+  return {kept(std::move(sets.train)), kept(std::move(sets.test))};
 }
 
 }  // namespace
@@ -49,8 +51,6 @@ RecipeData load_recipe_data(const Job& job) {
                                  .features = {}}));
   } else {
     loaded.sets = load_images(job);
-    if (job.split.test > 0)
-      loaded.sets = split_dataset(loaded.sets.train, job.split.test, job.split.seed);
   }
   loaded.normalization = normalization_for(job, loaded.sets.train);
   return loaded;

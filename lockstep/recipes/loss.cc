@@ -69,7 +69,7 @@ Objective make_objective(const LossSettings& settings, std::int64_t class_count)
     if (class_count != 2)
       throw ConfigError(
           fmt::format("loss.name: hinge separates two classes, the data has {}", class_count),
-          "dataset.classes = [3, 7] keeps two of them");
+          "cross_entropy takes any number of classes");
     return hinge();
   }
   if (settings.name == "cross_entropy") return cross_entropy(class_count, settings.one_hot);
