@@ -43,8 +43,12 @@ int read_to_end(int fd, Container& out) {
 
 template <typename Container>
 Container read_whole(const fs::path& path) {
-  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // Not to wait for the other end of a FIFO.
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd) throw cannot("read", path, errno);
+  struct stat status {};
+  if (::fstat(fd.get(), &status) == 0 && !S_ISREG(status.st_mode) && !S_ISDIR(status.st_mode))
+    throw Error("cannot read " + path.string() + ": it is no regular file");
   Container out;
   if (const int error = read_to_end(fd.get(), out)) throw cannot("read", path, error);
   return out;

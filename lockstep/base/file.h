@@ -31,7 +31,7 @@ class UniqueFd {
   int fd_ = -1;
 };
 
-// The whole file. Throws Error("cannot read PATH: No such file or directory").
+// The whole regular file. Throws Error("cannot read PATH: No such file or directory").
 std::vector<std::byte> read_file(const std::filesystem::path& path);
 std::string read_text_file(const std::filesystem::path& path);
 

@@ -1,6 +1,7 @@
 #include "lockstep/cluster/agent.h"
 
 #include <fmt/format.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
@@ -17,6 +18,7 @@
 #include <nlohmann/json.hpp>
 
 #include "lockstep/base/error.h"
+#include "lockstep/cluster/console.h"
 #include "lockstep/cluster/line_splitter.h"
 #include "lockstep/cluster/spawn.h"
 #include "lockstep/memory/segment.h"
@@ -28,6 +30,7 @@ namespace {
 constexpr std::size_t kLastWords = 10;
 constexpr std::size_t kReadBytes = std::size_t{64} << 10;
 constexpr int kPipeBytes = 1 << 20;  // what a pipe can hold at most
+constexpr pollfd kNone{-1, 0, 0};
 
 enum class Source : std::uint32_t { output, error, events, exit, signal, timer };
 
@@ -55,6 +58,8 @@ class Agent {
  private:
   void start();
   void loop();
+  void wait();
+  void take(Source source, int rank);
   void watch(int fd, Source source, int rank);
   Environment worker_environment(int rank) const;
 
@@ -78,7 +83,9 @@ class Agent {
   std::vector<Death> deaths_;  // since the last look
   std::vector<int> children_before_;
   std::uint64_t memory_kills_before_ = 0;
-  UniqueFd epoll_, signals_, timer_;
+  UniqueFd epoll_;  // exits, signals, ticks
+  UniqueFd pipes_;  // an epoll too: what the workers write, which can be left waiting
+  UniqueFd signals_, timer_;
   bool ending_ = false;
   bool muted_ = false;  // a callback has thrown: none is called any more
   Deadline kill_at_ = Deadline::never();
@@ -89,7 +96,7 @@ class ProcessSettings {
  public:
   ProcessSettings() {
     ::sigemptyset(&signals_);
-    for (int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&signals_, number);
+    for (int number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) ::sigaddset(&signals_, number);
     ::pthread_sigmask(SIG_BLOCK, &signals_, &before_);
     ::prctl(PR_GET_CHILD_SUBREAPER, &was_subreaper_);
     ::prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -116,6 +123,7 @@ AgentResult Agent::run() {
   children_before_ = child_processes();
   memory_kills_before_ = out_of_memory_kills();
   epoll_ = checked(::epoll_create1(EPOLL_CLOEXEC), "epoll");
+  pipes_ = checked(::epoll_create1(EPOLL_CLOEXEC), "epoll");
   signals_ = checked(::signalfd(-1, &settings.signals(), SFD_CLOEXEC | SFD_NONBLOCK), "signalfd");
   watch(signals_.get(), Source::signal, 0);
 
@@ -143,7 +151,8 @@ void Agent::watch(int fd, Source source, int rank) {
   epoll_event event{};
   event.events = EPOLLIN;
   event.data.u64 = std::uint64_t(source) << 32 | std::uint32_t(rank);
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
+  const bool pipe = source == Source::output || source == Source::error || source == Source::events;
+  if (::epoll_ctl((pipe ? pipes_ : epoll_).get(), EPOLL_CTL_ADD, fd, &event) != 0)
     throw Error("cannot watch the workers: " + errno_text(errno));
 }
 
@@ -216,24 +225,15 @@ void Agent::start() {
 void Agent::loop() {
   std::array<epoll_event, 64> ready;
   while (running_ > 0) {
-    int timeout_ms = -1;
-    if (!kill_at_.is_never())
-      timeout_ms = static_cast<int>(
-          std::chrono::ceil<std::chrono::milliseconds>(kill_at_.remaining()).count());
-    const int count = ::epoll_wait(epoll_.get(), ready.data(), int(ready.size()), timeout_ms);
-    if (count < 0 && errno != EINTR) throw Error("cannot watch the workers: " + errno_text(errno));
-    for (int i = 0; i < count; ++i) {
-      const auto source = static_cast<Source>(ready[std::size_t(i)].data.u64 >> 32);
-      const int rank = static_cast<int>(ready[std::size_t(i)].data.u64 & 0xffffffff);
-      if (source == Source::exit) {
-        take_exit(rank);
-      } else if (source == Source::signal) {
-        take_signal();
-      } else if (source == Source::timer) {
-        std::uint64_t ticks;
-        if (::read(timer_.get(), &ticks, sizeof ticks) > 0 && !muted_) options_.on_tick();
-      } else {
-        read_some(rank, source);
+    wait();
+    for (const UniqueFd* from : {&epoll_, &pipes_}) {
+      const int count = ::epoll_wait(from->get(), ready.data(), int(ready.size()), 0);
+      if (count < 0 && errno != EINTR)
+        throw Error("cannot watch the workers: " + errno_text(errno));
+      for (int i = 0; i < count; ++i) {
+        if (from == &pipes_ && options_.console != nullptr && options_.console->full()) break;
+        const std::uint64_t tag = ready[std::size_t(i)].data.u64;
+        take(static_cast<Source>(tag >> 32), static_cast<int>(tag & 0xffffffff));
       }
     }
     if (!deaths_.empty() && !ending_) take_cause();
@@ -242,6 +242,27 @@ void Agent::loop() {
       kill_at_ = Deadline::never();
     }
   }
+}
+
+// A reader of ours that takes nothing may hold up what the workers write, and nothing else.
+void Agent::wait() {
+  Console* const console = options_.console;
+  if (console != nullptr) console->pass_on();
+  const bool full = console != nullptr && console->full();
+  const auto streams = console != nullptr ? console->wanted() : std::array{kNone, kNone};
+  std::array<pollfd, 4> watched = {pollfd{epoll_.get(), POLLIN, 0},
+                                   full ? kNone : pollfd{pipes_.get(), POLLIN, 0}, streams[0],
+                                   streams[1]};
+  if (::poll(watched.data(), watched.size(), poll_timeout_ms(kill_at_)) < 0 && errno != EINTR)
+    throw Error("cannot watch the workers: " + errno_text(errno));
+}
+
+void Agent::take(Source source, int rank) {
+  if (source == Source::exit) return take_exit(rank);
+  if (source == Source::signal) return take_signal();
+  if (source != Source::timer) return void(read_some(rank, source));
+  std::uint64_t ticks;
+  if (::read(timer_.get(), &ticks, sizeof ticks) > 0 && !muted_) options_.on_tick();
 }
 
 // The likeliest cause among the deaths, those included that nobody has told of yet.
@@ -372,6 +393,7 @@ void Agent::end(const std::string& reason, bool at_once) {
   } else if (!ending_) {
     if (options_.segment) options_.segment->abort(reason);
     signal_workers(SIGTERM);
+    signal_workers(SIGCONT);  // one that is stopped hears of it only then
     kill_at_ = Deadline::after(options_.grace);
   }
   ending_ = true;

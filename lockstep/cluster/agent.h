@@ -17,6 +17,7 @@
 
 namespace lockstep {
 
+class Console;
 class Segment;
 
 struct AgentOptions {
@@ -35,6 +36,9 @@ struct AgentOptions {
   // A line of a worker's output, without its end. error: it came from standard error.
   std::function<void(int rank, bool error, std::string_view line)> on_line;
   std::function<void()> on_tick;  // about ten times a second
+  // What the callbacks write to. The agent passes it on, and leaves the workers' pipes unread while
+  // it is full. The caller's; may be null.
+  Console* console = nullptr;
 };
 
 struct WorkerFailure {
@@ -51,8 +55,9 @@ struct AgentResult {
 };
 
 // on_event, on_line and on_tick may throw: the workers are ended, then the exception leaves
-// run_agent(). Throws ConfigError when the program cannot be started. Takes over SIGINT, SIGTERM
-// and SIGHUP while it runs. Every child that this process gets meanwhile is ended with the workers.
+// run_agent(). Throws ConfigError when the program cannot be started. Takes over SIGINT, SIGTERM,
+// SIGHUP and SIGQUIT while it runs: the first asks the workers to end, a second ends them at once.
+// Every child that this process gets meanwhile is ended with the workers.
 AgentResult run_agent(const AgentOptions& options);
 
 // "rank 1 (pid 4711): killed by signal 9 (SIGKILL)" followed by the last words, each on a line of

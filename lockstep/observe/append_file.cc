@@ -18,15 +18,16 @@ Error cannot_write(const std::filesystem::path& path, int reason) {
 
 }  // namespace
 
-AppendFile::AppendFile(std::filesystem::path path) : path_(std::move(path)) {
+AppendFile::AppendFile(std::filesystem::path path, std::filesystem::path named)
+    : path_(std::move(path)), named_(named.empty() ? path_ : std::move(named)) {
   fd_ = UniqueFd(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0666));
-  if (!fd_) throw cannot_write(path_, errno);
+  if (!fd_) throw cannot_write(named_, errno);
 }
 
 void AppendFile::append(std::span<const std::byte> record) {
   if (const int reason = write_all(fd_.get(), record)) {
     [[maybe_unused]] const int failed = ::ftruncate(fd_.get(), size_);  // shrinking needs no space
-    throw cannot_write(path_, reason);
+    throw cannot_write(named_, reason);
   }
   size_ += static_cast<std::int64_t>(record.size());
 }

@@ -14,15 +14,15 @@ namespace lockstep {
 
 class AppendFile {
  public:
-  // Creates the file or empties it. Throws Error.
-  explicit AppendFile(std::filesystem::path path);
+  // Creates the file or empties it. `named`: what errors call it, if not its path. Throws Error.
+  explicit AppendFile(std::filesystem::path path, std::filesystem::path named = {});
   // Throws Error naming the file, the reason and the free space; the file ends with its last whole
   // record then.
   void append(std::span<const std::byte> record);
   const std::filesystem::path& path() const { return path_; }
 
  private:
-  std::filesystem::path path_;
+  std::filesystem::path path_, named_;
   UniqueFd fd_;
   std::int64_t size_ = 0;
 };

@@ -76,8 +76,8 @@ struct RunLog::State {
     add("accuracy/test", "test_accuracy");
     add("lr", "lr");
     add("grad_norm", "grad_norm");
-    scalars.emplace_back("samples_per_s",
-                         epoch ? run.epochs.back().samples_per_s : run.samples_per_s);
+    const double rate = epoch ? run.epochs.back().samples_per_s : run.samples_per_s;
+    if (rate > 0) scalars.emplace_back("samples_per_s", rate);  // not known at the first step
     board->append(as_byte_span(tensorboard_scalars(wall_time(), event.at("step"), scalars)));
   }
 };

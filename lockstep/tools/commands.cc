@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "lockstep/base/deadline.h"
-#include "lockstep/base/file.h"
 #include "lockstep/cluster/spawn.h"
 #include "lockstep/job/nearest.h"
 
@@ -35,6 +34,12 @@ bool parse_arguments(CLI::App& app, const std::vector<std::string>& arguments) {
     std::replace(message.begin(), message.end(), '\n', ' ');
     throw ConfigError(message, usage());
   }
+  for (const CLI::Option* option : app.get_options())
+    if (option->get_group() != kWithoutMeaning)
+      for (const std::string& value : option->results())
+        if (value.empty())
+          throw ConfigError(fmt::format("{} has an empty value", option->get_name()),
+                            "give it one, or leave it out");
   const std::vector<std::string> extras = app.remaining();
   if (extras.empty() || (app.get_prefix_command() && !extras[0].starts_with('-'))) return true;
   if (app.get_prefix_command() && extras[0] == "--") return true;
@@ -50,7 +55,11 @@ bool parse_arguments(CLI::App& app, const std::vector<std::string>& arguments) {
 
 double monotonic_seconds() { return seconds(Clock::now().time_since_epoch()); }
 
-void print(std::string_view text) { write_all(STDOUT_FILENO, as_byte_span(text)); }
-void print_error(std::string_view text) { write_all(STDERR_FILENO, as_byte_span(text)); }
+Console& console() {
+  static Console streams(STDOUT_FILENO, STDERR_FILENO);
+  return streams;
+}
+void print(std::string_view text) { console().write(false, text); }
+void print_error(std::string_view text) { console().write(true, text); }
 
 }  // namespace lockstep

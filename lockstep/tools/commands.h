@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "lockstep/base/error.h"
+#include "lockstep/cluster/console.h"
 
 namespace lockstep {
 
@@ -35,13 +36,17 @@ class Interrupted : public Error {
 
 // "--name" in torchrun's two spellings: "--nproc-per-node,--nproc_per_node".
 std::string both_spellings(std::string_view name);
-// False if help was asked for and printed. Throws ConfigError; an unknown flag gets the nearest
-// known one as its hint.
+// The group of flags that are taken but mean nothing here.
+inline constexpr const char* kWithoutMeaning = "Accepted for torchrun's sake";
+// False if help was asked for and printed. Throws ConfigError: an unknown flag, with the nearest
+// known one as its hint; a value that is empty.
 bool parse_arguments(CLI::App& app, const std::vector<std::string>& arguments);
 
 double monotonic_seconds();
+// Standard output and error. What main() returns with is written before the program ends.
+Console& console();
 // Both ignore what cannot be written: the files are the result, a closed terminal is no failure.
-void print(std::string_view text);        // to standard output, at once
+void print(std::string_view text);        // to standard output
 void print_error(std::string_view text);  // to standard error
 
 }  // namespace lockstep

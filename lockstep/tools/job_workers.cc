@@ -56,6 +56,7 @@ void run_worker_job(const WorkerJob& job) {
   options.environment["LOCKSTEP_JOB"] = to_toml(job.job);
   options.threads = static_cast<int>(job.job.workers.threads);
   options.segment = job.segment;
+  options.console = &console();
   options.on_line = job.on_line;
   options.on_tick = job.on_tick;
   std::map<std::string, Report> errors;  // by kind, the first of each

@@ -76,10 +76,14 @@ int main(int argc, char** argv) {
   ::signal(SIGPIPE, SIG_IGN);  // a reader that went away must not take the agent along
   const auto failed = [](const std::exception& error, int code) {
     print_error(fmt::format("lockstep: {}\n", error.what()));
+    // Who ended the job does not want to wait for a reader that takes nothing.
+    console().flush(code > 128 ? Deadline::after(std::chrono::seconds(1)) : Deadline::never());
     return code;
   };
   try {
-    return dispatch({argv + 1, argv + argc}, start);
+    const int code = dispatch({argv + 1, argv + argc}, start);
+    console().flush(Deadline::never());
+    return code;
   } catch (const ConfigError& error) {
     return failed(error, kExitBadInput);
   } catch (const Interrupted& error) {

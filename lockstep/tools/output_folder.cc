@@ -124,4 +124,13 @@ void check_writable_place(const fs::path& path, const std::string& flag) {
   refuse_unwritable(folder, "folder");
 }
 
+void refuse_file_of_a_run(const fs::path& path, const fs::path& folder, const std::string& flag) {
+  std::error_code error;  // what cannot be resolved does not exist
+  const fs::path real = fs::weakly_canonical(path, error), of = fs::weakly_canonical(folder, error);
+  if (real.parent_path() == of && belongs_to_a_run(real.filename()) &&
+      real.filename() != "report.json")
+    throw ConfigError(fmt::format("{} {} is a file of the run itself", flag, path.string()),
+                      "name another file");
+}
+
 }  // namespace lockstep

@@ -35,5 +35,8 @@ class OutputFolder {
 
 // Throws ConfigError unless a file could be made at `path` (given by `flag`).
 void check_writable_place(const std::filesystem::path& path, const std::string& flag);
+// Throws ConfigError if `path` is a file of the run in `folder`, its report aside.
+void refuse_file_of_a_run(const std::filesystem::path& path, const std::filesystem::path& folder,
+                          const std::string& flag);
 
 }  // namespace lockstep

@@ -26,7 +26,7 @@ class PredictionFile {
   explicit PredictionFile(fs::path path)
       : path_(std::move(path)),
         temporary_(fmt::format("{}.tmp-{}", path_.string(), ::getpid())),
-        file_(std::in_place, temporary_) {}
+        file_(std::in_place, temporary_, path_) {}
   ~PredictionFile() {
     std::error_code ignored;
     if (file_) fs::remove(temporary_, ignored);
@@ -60,14 +60,14 @@ class PredictionFile {
 
 struct PredictFlags {
   std::string folder, data, output;
-  int workers = 0;
+  std::optional<int> workers;
   bool quiet = false, overwrite = false;
 };
 
 void check(const PredictFlags& flags) {
   const auto need = [](const std::string& value, const char* what) {
     if (value.empty())
-      throw ConfigError(fmt::format("lockstep predict: no {} given", what),
+      throw ConfigError(fmt::format("no {} given", what),
                         "lockstep predict runs/first --data table.csv --output predictions.csv");
   };
   need(flags.folder, "run's folder");
@@ -80,10 +80,11 @@ void check(const PredictFlags& flags) {
     if (!fs::exists(fs::path(flags.folder) / name, error))
       throw ConfigError(fmt::format("{} holds no {}", flags.folder, name),
                         "the output folder of a run of lockstep train that has ended an epoch");
-  if (flags.workers < 0 || flags.workers > kMaxLocalRanks)
+  if (flags.workers && (*flags.workers < 1 || *flags.workers > kMaxLocalRanks))
     throw ConfigError(
-        fmt::format("--workers {} is not from 1 to {}", flags.workers, kMaxLocalRanks));
+        fmt::format("--workers {} is not from 1 to {}", *flags.workers, kMaxLocalRanks));
   check_writable_place(flags.output, "--output");
+  refuse_file_of_a_run(flags.output, flags.folder, "--output");
   if (fs::exists(flags.output, error) && !flags.overwrite)
     throw ConfigError(fmt::format("--output {} exists", flags.output),
                       "name another file, or replace it with --overwrite");
@@ -99,9 +100,9 @@ Job job_of(const PredictFlags& flags) {
   }
   Job job = parse_job(text, path);
   if (flags.data.empty() && !job.data.empty())
-    throw ConfigError("lockstep predict: no --data given",
+    throw ConfigError("no --data given",
                       "lockstep predict runs/first --data table.csv --output predictions.csv");
-  if (flags.workers > 0) job.workers.count = flags.workers;
+  if (flags.workers) job.workers.count = *flags.workers;
   // Virtual ranks are training's; any number of workers may predict.
   job.train.virtual_ranks = std::max(job.train.virtual_ranks, job.workers.count);
   job.train.global_batch_size = std::max(job.train.global_batch_size, job.train.virtual_ranks);

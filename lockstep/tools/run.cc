@@ -5,10 +5,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <charconv>
+#include <utility>
 
-#include "lockstep/base/file.h"
 #include "lockstep/cluster/agent.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/tools/commands.h"
@@ -21,9 +22,55 @@ struct RunFlags {
   int node_rank = 0, max_restarts = 0;
   std::string master_addr = "127.0.0.1", role = "default", rdzv_id;
   int master_port = 0;  // 0: a free one
-  std::string log_dir, tee, redirects, unused;
+  std::string unused;
   bool standalone = false, no_python = false;
+  int shutdown_timeout = 5;
 };
+
+// torchrun's flags that would change what the user gets, and what to do instead.
+struct Refused {
+  const char* name;  // and its short form
+  bool has_value;
+  const char* why;
+  const char* hint;
+};
+constexpr const char* kNoLogs = "this version keeps no log files";
+constexpr const char* kRedirect = "redirect the output of lockstep run: each line carries its rank";
+constexpr const char* kNoPython = "torchrun's --module and --run-path run Python modules";
+constexpr const char* kNameIt = "name the program, as in: lockstep run -- python3 -m my_module";
+constexpr std::array kRefused = {
+    Refused{"--log-dir", true, kNoLogs, kRedirect},
+    Refused{"--logs-specs", true, kNoLogs, kRedirect},
+    Refused{"--redirects,-r", true, kNoLogs, kRedirect},
+    Refused{"--tee,-t", true, kNoLogs, kRedirect},
+    Refused{"--duplicate-stdout-filters", true, kNoLogs, kRedirect},
+    Refused{"--duplicate-stderr-filters", true, kNoLogs, kRedirect},
+    Refused{"--local-ranks-filter", true, "this version shows the output of every worker",
+            "each line carries its rank: pipe it through grep '^.rank 0.'"},
+    Refused{"--module,-m", false, kNoPython, kNameIt},
+    Refused{"--run-path", false, kNoPython, kNameIt},
+    Refused{"--virtual-local-rank", false, "LOCAL_RANK is always the worker's own number",
+            "leave it out"},
+    Refused{"--signals-to-handle", true, "always SIGINT, SIGTERM, SIGHUP and SIGQUIT",
+            "leave it out"},
+    Refused{"--numa-binding", true, "this version binds no worker to a part of the machine",
+            "start the program through numactl"},
+};
+
+void add_refused(CLI::App& app, const Refused& refused) {
+  const auto refuse = [&refused](const auto&) {
+    const std::string_view name = refused.name;
+    throw ConfigError(fmt::format("{}: {}", name.substr(0, name.find(',')), refused.why),
+                      refused.hint);
+  };
+  const std::string_view names = refused.name;
+  const std::string_view name = names.substr(0, names.find(','));
+  const std::string all = both_spellings(name) + std::string(names.substr(name.size()));
+  if (refused.has_value)
+    app.add_option_function<std::string>(all, refuse)->group("");
+  else
+    app.add_flag_function(all, refuse)->group("");
+}
 
 void add_flags(CLI::App& app, RunFlags& flags) {
   app.option_defaults()->take_last();
@@ -41,12 +88,11 @@ void add_flags(CLI::App& app, RunFlags& flags) {
   app.add_flag("--standalone", flags.standalone, "accepted: it is always so on one node");
   app.add_flag(both_spellings("--no-python"), flags.no_python,
                "accepted: PROGRAM is always started as it is");
+  add("--shutdown-timeout", flags.shutdown_timeout, "seconds from SIGTERM to SIGKILL when ending");
   for (const char* name : {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-conf", "--monitor-interval",
-                           "--start-method", "--local-addr"})
-    add(name, flags.unused, "accepted for torchrun's sake, without meaning here");
-  add("--log-dir", flags.log_dir, "not in this version")->group("");
-  add("--tee", flags.tee, "not in this version")->group("");
-  add("--redirects", flags.redirects, "not in this version")->group("");
+                           "--start-method", "--local-addr", "--event-log-handler"})
+    add(name, flags.unused, "without meaning here")->group(kWithoutMeaning);
+  for (const Refused& refused : kRefused) add_refused(app, refused);
 }
 
 int worker_count(const std::string& text) {
@@ -54,6 +100,9 @@ int worker_count(const std::string& text) {
     cpu_set_t cores;
     return ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
   }
+  if (text == "gpu" || text == "xpu")
+    throw ConfigError(fmt::format("--nproc-per-node {}: no GPU in this version", text),
+                      "a number, or auto or cpu for one worker a core");
   int count = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
   if (error != std::errc() || end != text.data() + text.size() || count < 1 ||
@@ -75,12 +124,8 @@ void refuse_what_is_missing(const RunFlags& flags) {
     throw ConfigError(
         fmt::format("--max-restarts {}: this version does not restart workers", flags.max_restarts),
         "leave it out");
-  for (const auto& [name, value] : {std::pair{"--log-dir", flags.log_dir},
-                                    {"--tee", flags.tee},
-                                    {"--redirects", flags.redirects}})
-    if (!value.empty())
-      throw ConfigError(fmt::format("{}: this version keeps no log files", name),
-                        "redirect the output of lockstep run: each line carries its rank");
+  if (flags.shutdown_timeout < 0)
+    throw ConfigError(fmt::format("--shutdown-timeout {} is negative", flags.shutdown_timeout));
   if (flags.master_port < 0 || flags.master_port > 65535)
     throw ConfigError(fmt::format("--master-port {} is not a port", flags.master_port),
                       "a number from 0 to 65535");
@@ -99,11 +144,16 @@ int free_port() {
   return ntohs(address.sin_port);
 }
 
+void check_streams() {
+  for (const bool error : {false, true})
+    if (const int reason = console().failure(error))
+      throw Error(fmt::format("cannot write to standard {}: {}", error ? "error" : "output",
+                              errno_text(reason)));
+}
+
 void pass_on(int rank, bool error, std::string_view line) {
-  const std::string text = fmt::format("[rank {}] {}\n", rank, line);
-  if (const int reason = write_all(error ? STDERR_FILENO : STDOUT_FILENO, as_byte_span(text)))
-    throw Error(fmt::format("cannot write to standard {}: {}", error ? "error" : "output",
-                            errno_text(reason)));
+  console().write(error, fmt::format("[rank {}] {}\n", rank, line));
+  check_streams();
 }
 
 }  // namespace
@@ -131,10 +181,14 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   options.master_addr = flags.master_addr;
   options.master_port = flags.master_port != 0 ? flags.master_port : free_port();
   options.segment = Segment::create({.ranks = options.workers});
+  options.grace = std::chrono::seconds(flags.shutdown_timeout);
   options.on_line = pass_on;
+  options.console = &console();
   const AgentResult result = run_agent(options);
   if (result.signal != 0) throw Interrupted(result.signal);
   if (result.failure) throw Error(describe(*result.failure));
+  console().flush(Deadline::never());
+  check_streams();
   return 0;
 }
 

@@ -101,7 +101,10 @@ OutputFolder folder_for(const Job& job, const TrainFlags& flags) {
 
 void train(const Job& job, const TrainFlags& flags, const Start& start) {
   OutputFolder folder = folder_for(job, flags);
-  if (!flags.report.empty()) check_writable_place(flags.report, "--report");
+  if (!flags.report.empty()) {
+    check_writable_place(flags.report, "--report");
+    refuse_file_of_a_run(flags.report, folder.path(), "--report");
+  }
   const int workers = static_cast<int>(job.workers.count);
   WorkerJob run;
   run.command = "train";
@@ -143,7 +146,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   };
   run.on_tick = [&] {
     if (log.files_made()) snapshots.save();
-    log.on_tick();
+    if (console().idle()) log.on_tick();  // no new bar before the last one is shown
   };
   try {
     run_worker_job(run);
@@ -171,7 +174,7 @@ int train_command(const std::vector<std::string>& arguments, const Start& start)
   add_flags(app, flags);
   if (!parse_arguments(app, arguments)) return 0;
   if (flags.name.empty())
-    throw ConfigError("lockstep train: no recipe and no job file given",
+    throw ConfigError("no recipe and no job file given",
                       fmt::format("a job file, or one of {}", fmt::join(recipe_names(), ", ")));
   train(resolve_job(flags.name, overrides_of(flags)), flags, start);
   return 0;

@@ -5,11 +5,13 @@ never does."""
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from harness import LOCKSTEP, contains, equal, lockstep, main, processes, run
@@ -23,8 +25,9 @@ def test_torchruns_flags_in_both_spellings(folder):
         flags = [flag.replace("-", dash) for flag in (
             "nproc-per-node=1", "nnodes=1:1", "node-rank=0", "max-restarts=0",
             "master-addr=10.0.0.1", "master-port=1234", "rdzv-id=seven", "rdzv-backend=c10d",
-            "rdzv-endpoint=localhost:0", "monitor-interval=5", "start-method=spawn", "role=trainer",
-            "standalone", "no-python")]
+            "rdzv-endpoint=localhost:0", "rdzv-conf=", "monitor-interval=5", "start-method=spawn",
+            "role=trainer", "local-addr=localhost", "event-log-handler=null",
+            "shutdown-timeout=30", "standalone", "no-python")]
         result = lockstep("run", *[f"--{flag}" for flag in flags], "sh", "-c", script, "sh",
                           "--rank")
         equal(result.out, "[rank 0] 0 1 10.0.0.1 1234 seven trainer --rank\n")
@@ -38,6 +41,22 @@ def test_bad_flags(folder):
             (["--max-restarts", "3", "true"], ["--max-restarts 3"]),
             (["--nproc-per-nod", "2", "true"], ["--nproc-per-nod", "--nproc-per-node"]),
             (["--log-dir", "logs", "true"], ["--log-dir", "hint:"]),
+            (["--redirects", "3", "true"], ["--redirects", "log files", "hint:"]),
+            (["-r", "3", "true"], ["--redirects", "hint:"]),
+            (["--tee=3", "true"], ["--tee", "hint:"]),
+            (["-t", "3", "true"], ["--tee", "hint:"]),
+            (["--logs-specs", "x", "true"], ["--logs-specs", "hint:"]),
+            (["--duplicate-stdout-filters", "x", "true"], ["--duplicate-stdout-filters", "hint:"]),
+            (["--local_ranks_filter", "0", "true"], ["--local-ranks-filter", "hint:"]),
+            (["--module", "package.module"], ["--module", "Python", "name the program"]),
+            (["-m", "package.module"], ["--module", "name the program"]),
+            (["--run-path", "/script.py"], ["--run-path", "name the program"]),
+            (["--virtual-local-rank", "true"], ["--virtual-local-rank", "hint:"]),
+            (["--signals-to-handle", "SIGTERM", "true"], ["--signals-to-handle", "hint:"]),
+            (["--numa-binding", "node", "true"], ["--numa-binding", "hint:"]),
+            (["--nproc-per-node", "gpu", "true"], ["no GPU in this version", "hint:"]),
+            (["--role", "", "true"], ["--role", "empty"]),
+            (["--shutdown-timeout", "-1", "true"], ["--shutdown-timeout -1"]),
             (["--master-port", "65536", "true"], ["65536"]),
             (["--master-port", "x", "true"], ["master-port"]),
             ([], ["no program", "hint:"]),
@@ -64,7 +83,7 @@ def test_each_worker_a_core(folder):
 
 def test_signals_end_the_job_with_their_number(folder):
     mark = f"LOCKSTEP_TEST_MARK={folder}"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         process = subprocess.Popen(
             [LOCKSTEP, "run", "--nproc-per-node", "2", "sh", "-c", "echo up; exec sleep 1000"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -86,6 +105,75 @@ def test_a_reader_that_goes_away_ends_the_job(folder):
     err = process.stderr.read().decode()
     equal(process.wait(timeout=60), 1)
     contains(err, "cannot write to standard output: Broken pipe")
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "not within 60 s"
+        time.sleep(0.01)
+
+
+def is_full(pipe):
+    return not select.select([], [pipe], [], 0)[1]
+
+
+def ended_with_a_full_pipe(command, folder):
+    """SIGTERM ends the agent and its workers while nobody reads what they print."""
+    reading, writing = os.pipe()
+    try:
+        process = subprocess.Popen(command, stdout=writing, stderr=writing,
+                                   env={**os.environ, "LOCKSTEP_TEST_MARK": folder})
+        wait_until(lambda: is_full(writing))
+        process.send_signal(signal.SIGTERM)
+        equal(process.wait(timeout=60), 128 + signal.SIGTERM)
+        equal(processes(f"LOCKSTEP_TEST_MARK={folder}"), [], "processes left behind")
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_reader_that_never_reads_holds_up_no_signal(folder):
+    ended_with_a_full_pipe([LOCKSTEP, "run", "--nproc-per-node", "2", "yes"], folder)
+
+
+def test_a_second_signal_does_not_wait(folder):
+    # The workers ignore SIGTERM, and the time between it and SIGKILL is longer than the test's.
+    process = subprocess.Popen(
+        [LOCKSTEP, "run", "--shutdown-timeout", "1000", "sh", "-c",
+         "trap 'echo asked' TERM; echo up; while :; do sleep 0.01; done"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "LOCKSTEP_TEST_MARK": folder})
+    for says in ("up", "asked"):
+        contains(process.stdout.readline(), says)
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    equal(process.returncode, 128 + signal.SIGTERM)
+    equal(processes(f"LOCKSTEP_TEST_MARK={folder}"), [], "processes left behind")
+
+
+def test_a_stopped_worker_hears_of_the_end(folder):
+    process = subprocess.Popen(
+        [LOCKSTEP, "run", "--shutdown-timeout", "1000", "sh", "-c", "echo $$; kill -STOP $$"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    worker = process.stdout.readline().split()[-1]
+
+    def stopped():
+        with open(f"/proc/{worker}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "T"
+    wait_until(stopped)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    equal(process.returncode, 128 + signal.SIGTERM)
+
+
+def test_more_than_is_kept_comes_whole(folder):
+    process = subprocess.Popen(
+        [LOCKSTEP, "run", "sh", "-c", "seq 300000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=60)
+    equal(process.returncode, 0, err)
+    equal(out, "".join(f"[rank 0] {i}\n" for i in range(1, 300001)))
 
 
 # --- lockstep train, with a worker of our own ---
@@ -196,6 +284,15 @@ def test_steps_that_are_read_before_another_ranks_ready(folder):
         equal(json.loads(file.read())["epoch"], 1)
 
 
+def test_a_training_whose_output_nobody_reads_can_be_ended(folder):
+    ready = 'ready(); sys.stdout.flush()\nwhile True: print("more", flush=True)\n'
+    play(folder, "sys.exit(2)", code=1)
+    with open(f"{folder}/programs/lockstep-worker", "w") as file:
+        file.write(WORKER + ready)
+    ended_with_a_full_pipe([f"{folder}/programs/lockstep", "train", "linear-regression",
+                            "--workers", "2", "--output", f"{folder}/out"], folder)
+
+
 def test_lines_and_messages_are_shown(folder):
     result = play(folder, """
         print("a line"); ready(); sys.stdout.flush()
@@ -219,6 +316,12 @@ def test_folders_that_are_refused(folder):
              "notes.txt", "Not a directory")
     contains(play(folder, "", "--output", f"{folder}/other", "--report", f"{folder}/no/r.json",
                   code=2).err, "--report", f"{folder}/no")
+    for name in ("model.safetensors", "job.toml", "metrics.jsonl"):
+        contains(play(folder, "", "--output", f"{folder}/other", "--report",
+                      f"{folder}/other/../other/{name}", code=2).err, "--report", name)
+    for flag in ("--report", "--data", "--workers", "--output"):
+        contains(play(folder, "", "--output", f"{folder}/other", flag, "", code=2).err,
+                 flag, "empty value")
     assert not os.path.exists(f"{folder}/other"), "a folder was left behind"
     equal(os.listdir(f"{folder}/out"), ["notes.txt"])
 
