@@ -57,17 +57,29 @@ std::string process_text(const ControlBlock& block) {
 
 }  // namespace
 
-Rendezvous::Rendezvous(std::shared_ptr<Segment> segment, int rank, const GroupOptions& options)
-    : segment_(std::move(segment)),
+Members all_members(std::shared_ptr<Segment> segment) {
+  Members members;
+  for (int rank = 0; rank < segment->ranks(); ++rank) {
+    members.node_ranks.push_back(rank);
+    members.blocks.push_back(&segment->control(rank));
+  }
+  members.failed = &segment->failed_word();
+  members.segment = std::move(segment);
+  return members;
+}
+
+Rendezvous::Rendezvous(Members members, int rank, const GroupOptions& options)
+    : members_(std::move(members)),
       rank_(rank),
-      size_(segment_->ranks()),
+      size_(static_cast<int>(members_.blocks.size())),
       generation_(options.generation),
       timeout_(options.timeout),
       may_spin_(size_ <= usable_cores()),
       phase_(options.generation << kGenerationShift),
       calls_(size_) {
-  if (rank < 0 || rank >= size_)
-    throw ConfigError(fmt::format("rank {} in a segment for {} ranks", rank, size_));
+  LOCKSTEP_CHECK(rank >= 0 && rank < size_);
+  for (const int node_rank : members_.node_ranks)
+    doors_.push_back(&members_.segment->control(node_rank));
   if (generation_ >= (1 << (64 - kGenerationShift)) - 1)
     throw ConfigError(fmt::format("generation {} is too large", generation_));
   ControlBlock& mine = block(rank_);
@@ -84,7 +96,7 @@ Rendezvous::Rendezvous(std::shared_ptr<Segment> segment, int rank, const GroupOp
 
 Rendezvous::~Rendezvous() {
   block(rank_).left.store(generation_ + 1);
-  ring(block(rank_).bell);
+  ring(door(rank_).bell);
 }
 
 const std::vector<CallWords>& Rendezvous::begin(Call call, const CallOptions& options) {
@@ -121,7 +133,7 @@ void Rendezvous::meet() {
   ControlBlock& mine = block(rank_);
   // Sequentially consistent, like the waiter's accesses: either we see it waiting or it sees us.
   mine.phase.store(phase_, std::memory_order_seq_cst);
-  if (mine.waiters.load(std::memory_order_seq_cst) != 0) ring(mine.bell);
+  if (door(rank_).waiters.load(std::memory_order_seq_cst) != 0) ring(door(rank_).bell);
   // From the next rank on, so that not all ranks look at the same one.
   for (int i = 1; i < size_; ++i) {
     const int other = (rank_ + i) % size_;
@@ -161,7 +173,7 @@ bool Rendezvous::spin_for(int rank) const {
 
 void Rendezvous::wait_for(int rank) {
   const auto start = Clock::now();
-  ControlBlock& other = block(rank);
+  ControlBlock& other = door(rank);
   if (!spin_for(rank)) {
     other.waiters.fetch_add(1, std::memory_order_seq_cst);
     try {
@@ -186,10 +198,10 @@ void Rendezvous::wait_for(int rank) {
 }
 
 void Rendezvous::check_ended() {
-  if (segment_->abort_word().load() != 0)
-    end_with(
-        fmt::format("{}: the job was aborted: {}", operation_text(), segment_->abort_reason()));
-  const std::uint64_t failed = segment_->failed_word().load();
+  if (members_.segment->abort_word().load() != 0)
+    end_with(fmt::format("{}: the job was aborted: {}", operation_text(),
+                         members_.segment->abort_reason()));
+  const std::uint64_t failed = members_.failed->load();
   const int failed_rank = static_cast<int>(failed & ((1 << kFailedRankBits) - 1));
   if (failed >> kFailedRankBits == generation_ + 1 && failed_rank < size_)
     end_with(
@@ -227,11 +239,11 @@ void Rendezvous::fail(const std::string& what) {
   block(rank_).failure.set(message);
   const std::uint64_t mine =
       (generation_ + 1) << kFailedRankBits | static_cast<std::uint64_t>(rank_);
-  auto& word = segment_->failed_word();
+  auto& word = *members_.failed;
   std::uint64_t seen = word.load();
   while (seen >> kFailedRankBits < generation_ + 1 && !word.compare_exchange_weak(seen, mine)) {
   }
-  segment_->wake_all();
+  members_.segment->wake_all();
   end_with(message);
 }
 
@@ -286,8 +298,9 @@ std::string Rendezvous::last_seen(int rank) const {
 }
 
 std::string Rendezvous::operation_text() const {
-  return fmt::format("rank {}, operation {} of generation {}, {}", rank_, call_.sequence,
-                     generation_, describe(call_));
+  return fmt::format("{}{}rank {}, operation {} of generation {}, {}", members_.name,
+                     members_.name.empty() ? "" : ": ", rank_, call_.sequence, generation_,
+                     describe(call_));
 }
 
 }  // namespace lockstep

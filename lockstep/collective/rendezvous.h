@@ -19,10 +19,21 @@
 
 namespace lockstep {
 
+// Who meets, by rank in the group. The segment's own control blocks are those of the group of all;
+// a sub-group has others, elsewhere in the segment.
+struct Members {
+  std::shared_ptr<Segment> segment;
+  std::vector<int> node_ranks;         // whose arena and whose bell: places in the segment
+  std::vector<ControlBlock*> blocks;   // a sub-group's own
+  std::atomic<std::uint64_t>* failed;  // as Segment::failed_word()
+  std::string name;                    // for messages; "" for the group of all
+};
+Members all_members(std::shared_ptr<Segment> segment);
+
 class Rendezvous {
  public:
   // Throws CommError if this rank has taken part in this generation or a later one.
-  Rendezvous(std::shared_ptr<Segment> segment, int rank, const GroupOptions& options);
+  Rendezvous(Members members, int rank, const GroupOptions& options);
   ~Rendezvous();  // tells the others that this rank is gone
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
@@ -41,7 +52,10 @@ class Rendezvous {
   const GroupStatistics& statistics() const { return statistics_; }
 
  private:
-  ControlBlock& block(int rank) const { return segment_->control(rank); }
+  ControlBlock& block(int rank) const { return *members_.blocks[rank]; }
+  // The block whose bell a rank rings for all its groups, so that whoever wakes the segment's
+  // ranks wakes those of sub-groups too.
+  ControlBlock& door(int rank) const { return *doors_[rank]; }
   bool arrived(int rank) const;
   void wait_for(int rank);
   bool spin_for(int rank) const;
@@ -56,7 +70,8 @@ class Rendezvous {
   std::string last_seen(int rank) const;
   std::string operation_text() const;
 
-  std::shared_ptr<Segment> segment_;
+  const Members members_;
+  std::vector<ControlBlock*> doors_;
   const int rank_;
   const int size_;
   const std::uint64_t generation_;
