@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -86,6 +87,9 @@ class Segment;
 struct GroupOptions {
   std::uint64_t generation = 0;
   Clock::duration timeout = kDefaultTimeout;
+  // Called from inside every 512th operation: a tracer must read the flight recorder now, before it
+  // is overwritten. Not for a group of one.
+  std::function<void()> on_records = {};
 };
 std::unique_ptr<Group> make_solo_group(const GroupOptions& options = {});
 // Ranks of one node over a segment made for exactly `segment->ranks()` ranks. Waits until all have

@@ -76,7 +76,9 @@ Rendezvous::Rendezvous(Members members, int rank, const GroupOptions& options)
       timeout_(options.timeout),
       may_spin_(size_ <= usable_cores()),
       phase_(options.generation << kGenerationShift),
-      calls_(size_) {
+      calls_(size_),
+      recorder_(members_.segment->recorder(members_.node_ranks.at(rank)), members_.name),
+      on_records_(options.on_records) {
   LOCKSTEP_CHECK(rank >= 0 && rank < size_);
   for (const int node_rank : members_.node_ranks)
     doors_.push_back(&members_.segment->control(node_rank));
@@ -115,6 +117,8 @@ const std::vector<CallWords>& Rendezvous::begin(Call call, const CallOptions& op
   auto& record = block(rank_).calls[call_.sequence % 2];
   for (std::size_t i = 0; i < calls_[rank_].size(); ++i)
     record.words[i].store(calls_[rank_][i], std::memory_order_relaxed);
+  waited_before_ = statistics_.waiting;
+  recorder_.begin(calls_[rank_], options.tag);
   meet();
   bool same = true;
   for (int other = 0; other < size_; ++other) {
@@ -153,6 +157,13 @@ void Rendezvous::end(std::uint64_t bytes) {
   ControlBlock& mine = block(rank_);
   mine.completed_at_ns.store(nanoseconds_of(now), std::memory_order_relaxed);
   mine.operations.store(statistics_.operations, std::memory_order_release);
+  record_end(now, OperationState::done);
+}
+
+void Rendezvous::record_end(Clock::time_point now, OperationState state) {
+  if (recorder_.end(nanoseconds_of(now), statistics_.waiting - waited_before_, state) &&
+      on_records_)
+    on_records_();
 }
 
 bool Rendezvous::arrived(int rank) const {
@@ -231,6 +242,7 @@ void Rendezvous::check_open() const {
 
 void Rendezvous::end_with(const std::string& message) {
   over_ = message;
+  record_end(Clock::now(), OperationState::failed);
   throw CommError(message);
 }
 

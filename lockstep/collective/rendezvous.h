@@ -7,6 +7,7 @@
 // deadline.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "lockstep/base/deadline.h"
 #include "lockstep/collective/call.h"
 #include "lockstep/collective/group.h"
+#include "lockstep/collective/operation_record.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/segment.h"
 
@@ -67,6 +69,7 @@ class Rendezvous {
   [[noreturn]] void fail_deadline();
   [[noreturn]] void fail_mismatch();
   [[noreturn]] void end_with(const std::string& message);
+  void record_end(Clock::time_point now, OperationState state);
   std::string last_seen(int rank) const;
   std::string operation_text() const;
 
@@ -86,6 +89,9 @@ class Rendezvous {
   std::vector<CallWords> calls_;
   std::string over_;  // the message that ended the group
   GroupStatistics statistics_;
+  OperationRecorder recorder_;
+  Clock::duration waited_before_{};  // statistics_.waiting when the operation began
+  const std::function<void()> on_records_;
 };
 
 }  // namespace lockstep
