@@ -288,8 +288,8 @@ TEST_P(ConformanceTest, WrongArgumentsAreRefused) {
          [&] { group.all_reduce(all.first(7), Dtype::float32, Reduction::sum); }},
         {"root 8 in a group", [&] { group.broadcast(all, Dtype::int8, 8); }},
         {"root -1 in a group", [&] { group.broadcast(all, Dtype::int8, -1); }},
-        {"output has", [&] { group.all_gather(all.first(15), all, Dtype::int8); }},
-        {"overlaps",
+        {"all_gather: the whole has", [&] { group.all_gather(all.first(15), all, Dtype::int8); }},
+        {"overlap in another place",
          [&] {
            auto output = arena.first(16 * group.size());
            group.all_gather(arena.subspan(16 * group.rank() + 1, 16), output, Dtype::int8);

@@ -49,7 +49,7 @@ void Reducer::run(const ReduceJob& job, std::span<const std::byte* const> slots,
     }
     LOCKSTEP_CHECK(depth == 1);
     const bool mean = job.reduction == Reduction::mean;
-    const auto ranks = static_cast<std::int64_t>(results.size());
+    const auto ranks = static_cast<std::int64_t>(slots.size());
     if (widen) {
       if (mean) set.divide(scratch_.data(), computed, ranks, count);
       set.round_from_float32(out, reinterpret_cast<const float*>(scratch_.data()), job.dtype,

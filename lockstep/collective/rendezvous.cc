@@ -55,6 +55,27 @@ std::string process_text(const ControlBlock& block) {
   return "";
 }
 
+void store(CallRecord& record, const CallWords& words) {
+  for (std::size_t i = 0; i < words.size(); ++i)
+    record.words[i].store(words[i], std::memory_order_relaxed);
+}
+
+CallWords load(const CallRecord& record) {
+  CallWords words;
+  for (std::size_t i = 0; i < words.size(); ++i)
+    words[i] = record.words[i].load(std::memory_order_relaxed);
+  return words;
+}
+
+bool is_message(const Call& call) {
+  return call.operation == Operation::send || call.operation == Operation::recv;
+}
+
+// ControlBlock::message_turn of message `number` with `peer`.
+std::uint64_t turn_of(int peer, std::uint64_t number) {
+  return static_cast<std::uint64_t>(peer + 1) << 48 | number;
+}
+
 }  // namespace
 
 Members all_members(std::shared_ptr<Segment> segment) {
@@ -93,6 +114,7 @@ Rendezvous::Rendezvous(Members members, int rank, const GroupOptions& options)
   mine.pid.store(::getpid());
   mine.process_start.store(process_start_time(::getpid()));
   mine.operations.store(0);
+  mine.message_turn.store(0);
   mine.joined.store(generation_ + 1);
 }
 
@@ -101,31 +123,35 @@ Rendezvous::~Rendezvous() {
   ring(door(rank_).bell);
 }
 
-const std::vector<CallWords>& Rendezvous::begin(Call call, const CallOptions& options) {
+void Rendezvous::open(Call& call, std::uint64_t sequence, const CallOptions& options) {
   check_open();
   began_ = Clock::now();
   const Clock::duration timeout = options.timeout.value_or(timeout_);
   deadline_ = timeout < kForever ? Deadline::at(began_ + timeout) : Deadline::never();
   call.tag = options.tag;
-  call.sequence = next_sequence_++;
+  call.sequence = sequence;
   call.generation = generation_;
   call.started_at_ns = nanoseconds_of(began_);
   call_ = std::move(call);
   check_ended();
+}
+
+void Rendezvous::announce() {
+  if (door(rank_).waiters.load(std::memory_order_seq_cst) != 0) ring(door(rank_).bell);
+}
+
+const std::vector<CallWords>& Rendezvous::begin(Call call, const CallOptions& options) {
+  open(call, next_sequence_, options);
+  ++next_sequence_;
 
   calls_[rank_] = pack(call_);
-  auto& record = block(rank_).calls[call_.sequence % 2];
-  for (std::size_t i = 0; i < calls_[rank_].size(); ++i)
-    record.words[i].store(calls_[rank_][i], std::memory_order_relaxed);
-  waited_before_ = statistics_.waiting;
-  recorder_.begin(calls_[rank_], options.tag);
+  store(block(rank_).calls[call_.sequence % 2], calls_[rank_]);
+  record_begin(calls_[rank_]);
   meet();
   bool same = true;
   for (int other = 0; other < size_; ++other) {
     if (other == rank_) continue;
-    const auto& announced = block(other).calls[call_.sequence % 2];
-    for (std::size_t i = 0; i < announced.words.size(); ++i)
-      calls_[other][i] = announced.words[i].load(std::memory_order_relaxed);
+    calls_[other] = load(block(other).calls[call_.sequence % 2]);
     same &= same_fingerprint(calls_[other], calls_[rank_]);
   }
   if (!same) fail_mismatch();
@@ -137,7 +163,7 @@ void Rendezvous::meet() {
   ControlBlock& mine = block(rank_);
   // Sequentially consistent, like the waiter's accesses: either we see it waiting or it sees us.
   mine.phase.store(phase_, std::memory_order_seq_cst);
-  if (door(rank_).waiters.load(std::memory_order_seq_cst) != 0) ring(door(rank_).bell);
+  announce();
   // From the next rank on, so that not all ranks look at the same one.
   for (int i = 1; i < size_; ++i) {
     const int other = (rank_ + i) % size_;
@@ -150,20 +176,108 @@ void Rendezvous::meet() {
 }
 
 void Rendezvous::end(std::uint64_t bytes) {
-  const auto now = Clock::now();
+  count(Clock::now(), bytes);
+  block(rank_).operations.store(next_sequence_, std::memory_order_release);
+}
+
+void Rendezvous::count(Clock::time_point now, std::uint64_t bytes) {
   ++statistics_.operations;
   statistics_.bytes += bytes;
   statistics_.total += now - began_;
-  ControlBlock& mine = block(rank_);
-  mine.completed_at_ns.store(nanoseconds_of(now), std::memory_order_relaxed);
-  mine.operations.store(statistics_.operations, std::memory_order_release);
+  block(rank_).completed_at_ns.store(nanoseconds_of(now), std::memory_order_relaxed);
   record_end(now, OperationState::done);
+}
+
+void Rendezvous::record_begin(const CallWords& call) {
+  waited_before_ = statistics_.waiting;
+  recorder_.begin(call, call_.tag);
 }
 
 void Rendezvous::record_end(Clock::time_point now, OperationState state) {
   if (recorder_.end(nanoseconds_of(now), statistics_.waiting - waited_before_, state) &&
       on_records_)
     on_records_();
+}
+
+template <typename Done>
+void Rendezvous::wait_for_peer(int peer, Done&& done) {
+  const auto start = Clock::now();
+  if (may_spin_)
+    while (!done() && Clock::now() - start < kSpin) pause_briefly();
+  if (!done()) {
+    ControlBlock& other = door(peer);
+    other.waiters.fetch_add(1, std::memory_order_seq_cst);
+    try {
+      auto looked_at_process = start;
+      for (;;) {
+        const std::uint32_t bell = other.bell.load(std::memory_order_seq_cst);
+        if (done()) break;
+        const auto now = Clock::now();
+        const bool look = now - looked_at_process >= kSlice / 2;
+        if (look) looked_at_process = now;
+        check_ended();
+        check_gone(peer, look, done);
+        if (deadline_.expired(now))
+          fail(fmt::format("gave up after {:.2f} s waiting for rank {}, {}", seconds(now - began_),
+                           peer, last_seen(peer)));
+        sleep_on(other.bell, bell, std::min(kSlice, deadline_.remaining(now)));
+      }
+    } catch (...) {
+      other.waiters.fetch_sub(1);
+      throw;
+    }
+    other.waiters.fetch_sub(1);
+  }
+  statistics_.waiting += Clock::now() - start;
+}
+
+CallWords Rendezvous::begin_message(int peer, Call call, const CallOptions& options) {
+  open(call, messages_[peer], options);
+  const std::uint64_t number = messages_[peer]++;
+  const CallWords mine = pack(call_);
+  ControlBlock& own = block(rank_);
+  const ControlBlock& other = block(peer);
+  const bool sends = call_.operation == Operation::send;
+  record_begin(mine);
+  store(own.message, mine);
+  own.message_staged.store(1);
+  own.message_taken.store(0);
+  own.message_turn.store(turn_of(peer, number), std::memory_order_seq_cst);
+  announce();
+  const auto is_there = [&] { return other.message_turn.load() == turn_of(rank_, number); };
+  // A receiver that has taken all may be in another call by now.
+  wait_for_peer(peer, [&] { return is_there() || (sends && own.message_taken.load() != 0); });
+  const CallWords theirs = load(other.message);
+  std::atomic_thread_fence(std::memory_order_acquire);
+  if (!is_there() && sends) return mine;
+  if (!same_message(mine, theirs))
+    fail(fmt::format("the calls of two ranks differ: rank {} called {}, rank {} called {}",
+                     std::min(rank_, peer), describe(unpack(rank_ < peer ? mine : theirs)),
+                     std::max(rank_, peer), describe(unpack(rank_ < peer ? theirs : mine))));
+  return sends ? mine : theirs;
+}
+
+void Rendezvous::set_staged(std::uint64_t chunks) {
+  block(rank_).message_staged.store(chunks, std::memory_order_seq_cst);
+  announce();
+}
+
+void Rendezvous::await_taken(int peer, std::uint64_t chunks) {
+  wait_for_peer(peer, [&] { return block(rank_).message_taken.load() >= chunks; });
+}
+
+void Rendezvous::await_staged(int peer, std::uint64_t chunks) {
+  wait_for_peer(peer, [&] { return block(peer).message_staged.load() >= chunks; });
+}
+
+void Rendezvous::set_taken(int peer, std::uint64_t chunks) {
+  block(peer).message_taken.store(chunks, std::memory_order_seq_cst);
+  announce();
+}
+
+void Rendezvous::end_message(std::uint64_t bytes) {
+  count(Clock::now(), bytes);
+  block(rank_).message_turn.store(0, std::memory_order_seq_cst);
 }
 
 bool Rendezvous::arrived(int rank) const {
@@ -222,18 +336,22 @@ void Rendezvous::check_ended() {
 void Rendezvous::check_late(Clock::time_point now, bool look_at_processes) {
   for (int other = 0; other < size_; ++other) {
     if (other == rank_ || arrived(other)) continue;
-    const ControlBlock& late = block(other);
-    // Who arrived and then went has done its part: look again at whether it arrived.
-    if (late.left.load() == generation_ + 1) {
-      if (!arrived(other))
-        fail(fmt::format("rank {} has left the group, {}", other, last_seen(other)));
-    } else if (look_at_processes && late.joined.load() == generation_ + 1 &&
-               late.pid.load() != ::getpid() &&
-               process_state(late.pid.load(), late.process_start.load()) == ProcessState::dead) {
-      if (!arrived(other)) fail(fmt::format("rank {} died, {}", other, last_seen(other)));
-    }
+    check_gone(other, look_at_processes, [&] { return arrived(other); });
   }
   if (deadline_.expired(now)) fail_deadline();
+}
+
+void Rendezvous::check_gone(int rank, bool look_at_process,
+                            const std::function<bool()>& has_arrived) {
+  const ControlBlock& late = block(rank);
+  // Who arrived and then went has done its part: look again at whether it arrived.
+  if (late.left.load() == generation_ + 1) {
+    if (!has_arrived()) fail(fmt::format("rank {} has left the group, {}", rank, last_seen(rank)));
+  } else if (look_at_process && late.joined.load() == generation_ + 1 &&
+             late.pid.load() != ::getpid() &&
+             process_state(late.pid.load(), late.process_start.load()) == ProcessState::dead) {
+    if (!has_arrived()) fail(fmt::format("rank {} died, {}", rank, last_seen(rank)));
+  }
 }
 
 void Rendezvous::check_open() const {
@@ -293,25 +411,26 @@ std::string Rendezvous::last_seen(int rank) const {
   if (joined != generation_ + 1)
     return fmt::format("which is in generation {} ({})", joined - 1, process);
   Call last;
-  for (const CallRecord& record : other.calls) {
-    CallWords words;
-    for (std::size_t i = 0; i < words.size(); ++i) words[i] = record.words[i].load();
-    Call call = unpack(words);
-    if (call.generation == generation_ && call.started_at_ns != 0 &&
-        (last.started_at_ns == 0 || call.sequence > last.sequence))
-      last = std::move(call);
-  }
+  const auto look = [&](const CallRecord& record) {
+    const Call call = unpack(load(record));
+    if (call.generation == generation_ && call.started_at_ns > last.started_at_ns) last = call;
+  };
+  for (const CallRecord& record : other.calls) look(record);
+  look(other.message);
   if (last.started_at_ns == 0) return fmt::format("which has just joined ({})", process);
-  const bool finished = other.operations.load(std::memory_order_acquire) > last.sequence;
+  const bool finished = is_message(last)
+                            ? other.message_turn.load() == 0
+                            : other.operations.load(std::memory_order_acquire) > last.sequence;
   const std::int64_t since = finished ? other.completed_at_ns.load() : last.started_at_ns;
-  return fmt::format("last seen {} operation {}, {}, {:.2f} s ago ({})", finished ? "after" : "in",
-                     last.sequence, describe(last),
+  return fmt::format("last seen {} {} {}, {}, {:.2f} s ago ({})", finished ? "after" : "in",
+                     is_message(last) ? "message" : "operation", last.sequence, describe(last),
                      static_cast<double>(nanoseconds_of(Clock::now()) - since) * 1e-9, process);
 }
 
 std::string Rendezvous::operation_text() const {
-  return fmt::format("{}{}rank {}, operation {} of generation {}, {}", members_.name,
-                     members_.name.empty() ? "" : ": ", rank_, call_.sequence, generation_,
+  return fmt::format("{}{}rank {}, {} {} of generation {}, {}", members_.name,
+                     members_.name.empty() ? "" : ": ", rank_,
+                     is_message(call_) ? "message" : "operation", call_.sequence, generation_,
                      describe(call_));
 }
 

@@ -46,6 +46,18 @@ class Rendezvous {
   // Meets again within the operation: what each rank wrote before is visible to all after.
   void meet();
   void end(std::uint64_t bytes);
+
+  // A message between this rank and `peer` alone (call.operation: send or recv): announces it and
+  // waits for the peer's, compares. Returns the sender's call. The first chunk is staged already.
+  CallWords begin_message(int peer, Call call, const CallOptions& options);
+  // By the sender: chunks that can be read; returns once the peer has taken so many.
+  void set_staged(std::uint64_t chunks);
+  void await_taken(int peer, std::uint64_t chunks);
+  // By the receiver.
+  void await_staged(int peer, std::uint64_t chunks);
+  void set_taken(int peer, std::uint64_t chunks);
+  void end_message(std::uint64_t bytes);
+
   // Ends the group on all ranks, with this message. Throws CommError.
   [[noreturn]] void fail(const std::string& what);
   // Throws once the group is over.
@@ -61,6 +73,15 @@ class Rendezvous {
   bool arrived(int rank) const;
   void wait_for(int rank);
   bool spin_for(int rank) const;
+  void open(Call& call, std::uint64_t sequence, const CallOptions& options);
+  void count(Clock::time_point now, std::uint64_t bytes);
+  // Makes those look again who wait for this rank.
+  void announce();
+  // Until done(); for messages, where one rank matters alone.
+  template <typename Done>
+  void wait_for_peer(int peer, Done&& done);
+  // Throws CommError if the rank has left or died before it arrived.
+  void check_gone(int rank, bool look_at_process, const std::function<bool()>& has_arrived);
   // Throws CommError if the job was aborted or another rank ended the group.
   void check_ended();
   // Throws CommError if a rank that we wait for will not come any more, or not in time.
@@ -69,6 +90,7 @@ class Rendezvous {
   [[noreturn]] void fail_deadline();
   [[noreturn]] void fail_mismatch();
   [[noreturn]] void end_with(const std::string& message);
+  void record_begin(const CallWords& call);
   void record_end(Clock::time_point now, OperationState state);
   std::string last_seen(int rank) const;
   std::string operation_text() const;
@@ -82,6 +104,7 @@ class Rendezvous {
   const bool may_spin_;
   std::uint64_t phase_;
   std::uint64_t next_sequence_ = 0;
+  std::vector<std::uint64_t> messages_;  // with each rank
 
   Call call_;  // the operation that is open or was last
   Clock::time_point began_{};

@@ -78,13 +78,53 @@ class ShmGroup final : public Group {
                  const CallOptions& options) override;
   void all_gather(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
                   const CallOptions& options) override;
+  void all_gather_uneven(std::span<const std::byte> input, std::span<std::byte> output,
+                         std::span<const std::uint64_t> counts, Dtype dtype,
+                         const CallOptions& options) override;
+  void gather(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype, int root,
+              const CallOptions& options) override;
+  void scatter(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype, int root,
+               const CallOptions& options) override;
+  void all_to_all(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                  const CallOptions& options) override;
+  void all_to_all_uneven(std::span<const std::byte> input,
+                         std::span<const std::uint64_t> input_counts, std::span<std::byte> output,
+                         std::span<const std::uint64_t> output_counts, Dtype dtype,
+                         const CallOptions& options) override;
   void all_reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction,
                   const CallOptions& options) override;
+  void reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction, int root,
+              const CallOptions& options) override;
+  void reduce_scatter(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                      Reduction reduction, const CallOptions& options) override;
   void tree_all_reduce(std::span<std::byte> slots, std::span<std::byte> result, Dtype dtype,
                        const TreeLayout& layout, const CallOptions& options) override;
+  void send(std::span<const std::byte> data, Dtype dtype, int destination,
+            const CallOptions& options) override;
+  void recv(std::span<std::byte> data, Dtype dtype, int source,
+            const CallOptions& options) override;
+  std::unique_ptr<Group> split(int color, int key, const CallOptions& options) override;
 
  private:
   using Pointers = std::vector<std::byte*>;  // by rank
+
+  // What this rank is to have of another's input.
+  struct Piece {
+    std::uint64_t from = 0;
+    std::uint64_t bytes = 0;
+    std::byte* to = nullptr;
+  };
+  // Every rank reads piece_of(source) from each rank's input, which is in its arena or passes
+  // through its staging buffer.
+  template <typename PieceOf>
+  void exchange(Call call, std::span<const std::byte> input, const CallOptions& options,
+                PieceOf&& piece_of);
+  void copy_pieces(const std::vector<CallWords>& calls, std::span<const std::byte> input,
+                   std::uint64_t offset, const std::vector<Piece>& pieces) const;
+  // The body of a send or recv, with run()'s treatment of errors.
+  template <typename Body>
+  void run_message(int peer, Call call, const CallOptions& options, std::uint64_t bytes,
+                   Body&& body);
 
   // One operation: announce and compare, then body(calls of all ranks). Whatever fails in between
   // ends the group.
@@ -147,10 +187,12 @@ class ShmGroup final : public Group {
   const int rank_;
   const int size_;
   const std::uint64_t generation_;
+  const Clock::duration timeout_;
   ArenaMemory memory_;
   Rendezvous meeting_;
   const Tree own_tree_;         // all_reduce: one virtual rank a rank
   std::unique_ptr<Tree> tree_;  // tree_all_reduce: the last layout's
+  // kStagingBytes, followed by this rank's counts of all_to_all_uneven.
   std::span<std::byte> staging_;
   Pointers stagings_;
   Pointers slots_;    // scratch of one operation
