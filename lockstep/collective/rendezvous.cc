@@ -97,6 +97,7 @@ Rendezvous::Rendezvous(Members members, int rank, const GroupOptions& options)
       timeout_(options.timeout),
       may_spin_(size_ <= usable_cores()),
       phase_(options.generation << kGenerationShift),
+      messages_(size_),
       calls_(size_),
       recorder_(members_.segment->recorder(members_.node_ranks.at(rank)), members_.name),
       on_records_(options.on_records) {
