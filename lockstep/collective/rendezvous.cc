@@ -60,10 +60,11 @@ void store(CallRecord& record, const CallWords& words) {
     record.words[i].store(words[i], std::memory_order_relaxed);
 }
 
+// Acquires, so that a look at whether the record still counts comes after.
 CallWords load(const CallRecord& record) {
   CallWords words;
   for (std::size_t i = 0; i < words.size(); ++i)
-    words[i] = record.words[i].load(std::memory_order_relaxed);
+    words[i] = record.words[i].load(std::memory_order_acquire);
   return words;
 }
 
@@ -249,7 +250,6 @@ CallWords Rendezvous::begin_message(int peer, Call call, const CallOptions& opti
   // A receiver that has taken all may be in another call by now.
   wait_for_peer(peer, [&] { return is_there() || (sends && own.message_taken.load() != 0); });
   const CallWords theirs = load(other.message);
-  std::atomic_thread_fence(std::memory_order_acquire);
   if (!is_there() && sends) return mine;
   if (!same_message(mine, theirs))
     fail(fmt::format("the calls of two ranks differ: rank {} called {}, rank {} called {}",
