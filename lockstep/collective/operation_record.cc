@@ -26,7 +26,14 @@ std::string text_of(const std::uint64_t* words, std::size_t count) {
   return text;
 }
 
-RecordedOperation from(const OperationCopy& copy) {
+}  // namespace
+
+std::string_view name_of(OperationState state) {
+  constexpr std::string_view kNames[] = {"open", "done", "failed"};
+  return kNames[static_cast<int>(state)];
+}
+
+RecordedOperation operation_from(const OperationCopy& copy) {
   CallWords words{};
   std::copy_n(copy.words.begin(), kCallWords, words.begin());
   words[kPlaceWord] = words[kResultPlaceWord] = kNowhere;
@@ -42,11 +49,9 @@ RecordedOperation from(const OperationCopy& copy) {
   return operation;
 }
 
-}  // namespace
-
-std::string_view name_of(OperationState state) {
-  constexpr std::string_view kNames[] = {"open", "done", "failed"};
-  return kNames[static_cast<int>(state)];
+std::string RecordedOperation::name() const {
+  const std::string text = describe(call);
+  return text.substr(0, text.find('('));
 }
 
 std::uint64_t RecordedOperation::bytes() const {
@@ -80,7 +85,7 @@ std::vector<RecordedOperation> recorded_operations(Segment& segment, int rank,
                                                    std::uint64_t after) {
   std::vector<RecordedOperation> operations;
   for (const OperationCopy& copy : read_records(segment.recorder(rank), after))
-    operations.push_back(from(copy));
+    operations.push_back(operation_from(copy));
   return operations;
 }
 

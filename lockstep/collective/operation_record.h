@@ -26,6 +26,7 @@ struct RecordedOperation {
   std::int64_t ended_at_ns = 0;       // 0 while open; monotonic clock
   std::chrono::nanoseconds waited{};  // of that: for other ranks; 0 while open
 
+  std::string name() const;     // "all_reduce"
   std::uint64_t bytes() const;  // of the elements that the call counts
 };
 
@@ -44,6 +45,7 @@ class OperationRecorder {
   std::uint64_t serial_ = 0;  // 0: none is open
 };
 
+RecordedOperation operation_from(const OperationCopy& copy);
 // The operations after serial `after` that the recorder of a rank still holds, oldest first.
 std::vector<RecordedOperation> recorded_operations(Segment& segment, int rank,
                                                    std::uint64_t after = 0);
