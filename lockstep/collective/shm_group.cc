@@ -32,6 +32,7 @@ ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options)
       size_(static_cast<int>(node_ranks_.size())),
       generation_(options.generation),
       timeout_(options.timeout),
+      on_records_(options.on_records),
       memory_(segment_, node_ranks_.at(rank)),
       meeting_(std::move(members), rank, options),
       own_tree_(one_each(size_)),
@@ -95,7 +96,9 @@ std::unique_ptr<Group> ShmGroup::split(int color, int key, const CallOptions& op
   members.name = fmt::format("ranks {}", fmt::join(members.node_ranks, ","));
   const auto self = std::ranges::find(chosen, rank_, &Member::rank);
   return std::make_unique<ShmGroup>(std::move(members), static_cast<int>(self - chosen.begin()),
-                                    GroupOptions{.generation = generation_, .timeout = timeout_});
+                                    GroupOptions{.generation = generation_,
+                                                 .timeout = timeout_,
+                                                 .on_records = on_records_});
 }
 
 std::unique_ptr<Group> make_shm_group(std::shared_ptr<Segment> segment, int rank,

@@ -188,6 +188,7 @@ class ShmGroup final : public Group {
   const int size_;
   const std::uint64_t generation_;
   const Clock::duration timeout_;
+  const std::function<void()> on_records_;
   ArenaMemory memory_;
   Rendezvous meeting_;
   const Tree own_tree_;         // all_reduce: one virtual rank a rank

@@ -7,6 +7,7 @@
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/base/file.h"
+#include "lockstep/cluster/flight_recorder.h"
 #include "lockstep/cluster/spawn.h"
 #include "lockstep/job/nearest.h"
 
@@ -52,5 +53,10 @@ double monotonic_seconds() { return seconds(Clock::now().time_since_epoch()); }
 
 void print(std::string_view text) { write_all(STDOUT_FILENO, as_byte_span(text)); }
 void print_error(std::string_view text) { write_all(STDERR_FILENO, as_byte_span(text)); }
+
+void print_flight_record(Segment& segment, const std::filesystem::path& file) {
+  const std::string text = dump_flight_record(segment, file);
+  if (!text.empty()) print_error("lockstep: " + text + "\n");
+}
 
 }  // namespace lockstep

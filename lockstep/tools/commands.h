@@ -3,6 +3,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -10,6 +11,8 @@
 #include "lockstep/base/error.h"
 
 namespace lockstep {
+
+class Segment;
 
 // When the program started.
 struct Start {
@@ -44,5 +47,8 @@ double monotonic_seconds();
 // Both ignore what cannot be written: the files are the result, a closed terminal is no failure.
 void print(std::string_view text);        // to standard output, at once
 void print_error(std::string_view text);  // to standard error
+// To standard error: what every rank did last. More is written to `file`. Nothing if the workers
+// used no collectives.
+void print_flight_record(Segment& segment, const std::filesystem::path& file);
 
 }  // namespace lockstep
