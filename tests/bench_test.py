@@ -23,17 +23,19 @@ def bench(folder, *arguments):
 
 def test_all_reduce_in_the_arena_and_elsewhere(folder):
     for arena in ([], ["--arena"]):
-        lines = bench(folder, "--operation", "all_reduce", "--ranks", "2", "--sizes", "4,16K",
+        lines = bench(folder, "--operation", "all_reduce", "--ranks", "2", "--sizes", "4,1M",
                       "--dtype", "float32", "--iterations", "20", "--warmup", "2", *arena)
         equal([(line["operation"], line["ranks"], line["bytes"]) for line in lines],
-              [("all_reduce", 2, 4), ("all_reduce", 2, 16384)] +
-              [("memcpy", ranks, size) for size in (4, 16384) for ranks in (1, 2)], "lines")
+              [("all_reduce", 2, 4), ("all_reduce", 2, 1 << 20)] +
+              [("memcpy", ranks, size) for size in (4, 1 << 20) for ranks in (1, 2)], "lines")
         for line in lines:
             equal((line["arena"], line["dtype"]), (bool(arena), "float32"))
             gbps = line["bytes"] / line["time_us"] / 1000
             assert abs(line["algbw_gbps"] - gbps) < 1e-6 * gbps, line
             equal(line["busbw_gbps"], line["algbw_gbps"], "a factor of 1 for 2 ranks")
         assert lines[1]["iterations"] >= 20, lines[1]
+        if arena:  # every rank's data is read once and written once
+            assert abs(lines[1]["moved_bytes"] / (2 * 2 * (1 << 20)) - 1) <= 0.05, lines[1]
 
 
 def test_every_operation_with_several_dtypes_and_more_ranks_than_cores(folder):

@@ -40,6 +40,7 @@ inline constexpr Clock::duration kDefaultTimeout = std::chrono::minutes(5);
 struct GroupStatistics {
   std::uint64_t operations = 0;
   std::uint64_t bytes = 0;    // payload bytes of this rank's calls
+  std::uint64_t moved = 0;    // of all ranks' data: read and written by this rank's reductions
   Clock::duration total{};    // inside calls
   Clock::duration waiting{};  // of that: waiting for other ranks
 };

@@ -34,6 +34,7 @@ void Reducer::run(const ReduceJob& job, std::span<const std::byte* const> slots,
     std::size_t depth = 0;
     for (const CombineStep& step : job.plan.steps) {
       if (step.kind == CombineStep::Kind::push) {
+        moved_ += count * element_bytes;
         const std::byte* slot = slots[step.rank] + step.slot * job.slot_bytes + offset;
         std::byte* level = scratch_.data() + depth * tile_bytes;
         if (widen) set.widen_to_float32(reinterpret_cast<float*>(level), slot, job.dtype, count);
@@ -58,6 +59,7 @@ void Reducer::run(const ReduceJob& job, std::span<const std::byte* const> slots,
       if (stack_[0] != out) std::memcpy(out, stack_[0], count * element_bytes);
       if (mean) set.divide(out, computed, ranks, count);
     }
+    moved_ += results.size() * count * element_bytes;
     for (std::byte* const result : results.subspan(1))
       std::memcpy(result + offset, out, count * element_bytes);
   }

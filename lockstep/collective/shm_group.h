@@ -68,7 +68,11 @@ class ShmGroup final : public Group {
   int rank() const override { return rank_; }
   int size() const override { return size_; }
   std::uint64_t generation() const override { return generation_; }
-  GroupStatistics statistics() const override { return meeting_.statistics(); }
+  GroupStatistics statistics() const override {
+    GroupStatistics statistics = meeting_.statistics();
+    statistics.moved = reducer_.moved();
+    return statistics;
+  }
   std::span<std::byte> allocate(std::size_t bytes, std::string_view what) override {
     return memory_.allocate(bytes, what);
   }

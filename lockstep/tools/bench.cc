@@ -185,6 +185,7 @@ class BenchRank {
         flags.warmup != 0 ? flags.warmup : std::max(batch, kFewestWarmupCalls);
     if (takes_part)
       for (std::uint64_t i = 0; i < warmup; ++i) call();
+    const std::uint64_t moved_before = group_->statistics().moved;
     std::vector<double> us(batches);
     for (double& mean : us) {
       group_->barrier();
@@ -193,6 +194,10 @@ class BenchRank {
         for (std::uint64_t i = 0; i < batch; ++i) call();
       mean = takes_part ? seconds(Clock::now() - start) * 1e6 / static_cast<double>(batch) : 0;
     }
+    double moved = static_cast<double>(group_->statistics().moved - moved_before) /
+                   static_cast<double>(batch * batches);
+    group_->all_reduce(std::as_writable_bytes(std::span(&moved, 1)), Dtype::float64,
+                       Reduction::sum);
     // A batch takes as long as on the slowest rank.
     group_->all_reduce(std::as_writable_bytes(std::span(us)), Dtype::float64, Reduction::max);
     BenchResult result;
@@ -200,6 +205,8 @@ class BenchRank {
     result.arena = flags.arena;
     result.us = summarize(std::move(us));
     result.iterations = batch * batches;
+    // Elsewhere copies to and from the staging buffer, which are not counted, come on top.
+    if (flags.arena) result.moved_bytes = moved;
     return result;
   }
 
