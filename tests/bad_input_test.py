@@ -46,6 +46,8 @@ def test_wrong_type_and_out_of_range(folder):
     refused(folder, "linear-regression", "--epochs", "0", says=("epochs", "--epochs", "hint:"))
     refused(folder, "linear-regression", "--set", "optimizer.lr=-1", says=("optimizer.lr", "--set"))
     refused(folder, "linear-regression", "--set", "model.name=mpl", says=("model.name", "mlp"))
+    refused(folder, "linear-regression", "--set", "optimizer.lr=1e300", says=(
+        "optimizer.lr", "--set", "1e+30"))
     refused(folder, "linear-regression", "--set", "optimizer.lr", says=("--set", "="))
     refused(folder, "linear-regression", "--workers", "0", says=("--workers",))
 
@@ -106,6 +108,9 @@ def test_missing_data(folder):
     make_idx_folder(f"{folder}/data")
     os.remove(f"{folder}/data/train-labels-idx1-ubyte")
     idx_refused(folder, "train-labels-idx1-ubyte")
+    make_idx_folder(f"{folder}/data")
+    os.remove(f"{folder}/data/t10k-images-idx3-ubyte")
+    idx_refused(folder, "t10k-images-idx3-ubyte", "hint: split.test")
 
 
 def test_truncated_data(folder):
@@ -189,10 +194,25 @@ def test_tables(folder):
     csv_refused(folder, "a,y\n1,2\n3,x\n", ":3", "x")
     csv_refused(folder, "a,y\n1,2\n3,nan\n", ":3")
     csv_refused(folder, "a,z\n1,2\n3,4\n", "y", "hint:")
+    csv_refused(folder, "a;y\n1;2\n", 'hint: dataset.delimiter = ";"')
     csv_refused(folder, "a,y\n", "row")
     csv_refused(folder, "", "")
     csv_refused(folder, "a,y\n1,0\n2,1.5\n", ":3",
                 arguments=("--set", "dataset.task=classification"))
+
+
+def test_hinge_on_a_table_of_three_classes(folder):
+    data = make_csv(f"{folder}/table.csv", classes=3)
+    refused(folder, "csv", "--set", "dataset.target=target", "--set", "dataset.task=classification",
+            "--set", "loss.name=hinge", data=data,
+            says=("loss.name", "two classes, the data has 3", "hint: cross_entropy"))
+
+
+def test_what_is_no_file(folder):
+    os.mkfifo(f"{folder}/fifo")
+    for path in (f"{folder}/fifo", "/dev/zero"):
+        refused(folder, "csv", "--set", "dataset.target=y", data=path,
+                says=(path, "no regular file"))
 
 
 # --- Prediction ---
@@ -210,6 +230,13 @@ def test_prediction(folder):
 
     predict_refused(f"{folder}/nowhere", data, "nowhere")
     predict_refused(f"{folder}/run", f"{folder}/none.csv", "none.csv")
+    predict_refused(f"{folder}/run", "", "--data", "empty value")
+    contains(lockstep("predict", f"{folder}/run", "--data", data, "--output", out, "--workers", 0,
+                      code=2).err, "--workers 0")
+    contains(lockstep("predict", f"{folder}/run", "--data", data, code=2).err,
+             "lockstep: no --output given")
+    contains(lockstep("predict", f"{folder}/run", "--data", data, "--overwrite", "--output",
+                      f"{folder}/run/model.safetensors", code=2).err, "model.safetensors")
     with open(f"{folder}/other.csv", "w") as file:
         file.write("a,b\n1,2\n")
     predict_refused(f"{folder}/run", f"{folder}/other.csv", "other.csv", "c")

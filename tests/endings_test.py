@@ -162,6 +162,27 @@ def test_full_disk(folder):
     assert not [name for name in listed if "tmp" in name], f"temporary files: {listed}"
 
 
+def test_full_disk_for_the_metrics(folder):
+    result = on_a_full_disk(folder, 64, (
+        f"{LOCKSTEP} train linear-regression --workers 1 --set train.epochs=1000000 "
+        f"--output {folder}/disk/out; echo code $?; cat {folder}/disk/out/metrics.jsonl"))
+    contains(result.err, "No space left on device", f"{folder}/disk/out")
+    for line in result.out.split("code 1\n")[1].strip().split("\n"):
+        json.loads(line)
+
+
+def test_full_disk_for_a_report_and_for_predictions(folder):
+    result = on_a_full_disk(folder, 8, (
+        f"cat /dev/zero > {folder}/disk/zeros 2> {folder}/ignored; {LOCKSTEP} train "
+        f"linear-regression --quiet --epochs 1 --output {folder}/out "
+        f"--report {folder}/disk/r.json; echo code $?; {LOCKSTEP} predict {folder}/out "
+        f"--output {folder}/disk/p.csv; echo code $?; ls -A {folder}/disk"))
+    contains(result.out, "code 1\n", "code 1\nzeros\n")
+    for name in ("r.json", "p.csv"):
+        contains(result.err, f"cannot write {folder}/disk/{name}: No space left on device")
+    assert ".tmp" not in result.err, result
+
+
 def test_stop_by_steps_and_tolerance(folder):
     steps = train("linear-regression", f"{folder}/steps", "--set", "train.max_steps=3")
     equal(len(steps["epochs"]), 1)

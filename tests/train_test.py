@@ -114,6 +114,27 @@ def test_predictions_follow_from_the_saved_weights(folder):
     assert math.isclose(right / 45, report_of(out)["epochs"][-1]["test_accuracy"], abs_tol=1e-6)
 
 
+def test_images_without_a_test_set_of_their_own(folder):
+    data = make_idx_folder(f"{folder}/data")
+    for part in ("images-idx3", "labels-idx1"):
+        os.remove(f"{data}/t10k-{part}-ubyte")
+    report = train("mnist", f"{folder}/run", "--data", data, "--epochs", 5, "--workers", 2,
+                   "--set", "split={test=0.2,seed=42}")
+    assert report["epochs"][-1]["test_accuracy"] > 0.8, report["epochs"][-1]
+
+
+def test_table_with_gaps_in_its_target_column(folder):
+    table = make_csv(f"{folder}/table.csv", classes=3)
+    train("csv", f"{folder}/run", "--data", table, "--epochs", 1, "--set", "dataset.target=target",
+          "--set", "dataset.task=classification")
+    with open(f"{folder}/gaps.csv", "w") as file:
+        file.write("a,b,target,c\n1,2,0,3\n1,2,,3\n")
+    result = lockstep("predict", f"{folder}/run", "--data", f"{folder}/gaps.csv", "--output",
+                      f"{folder}/p.csv")
+    equal(len(read_rows(f"{folder}/p.csv")[1]), 2)
+    assert "accuracy" not in result.out + result.err, result
+
+
 def test_table_of_ones_own(folder):
     table = make_csv(f"{folder}/table.csv", rows=200)
     report = train("csv", f"{folder}/run", "--data", table, "--workers", 2, "--epochs", 60,

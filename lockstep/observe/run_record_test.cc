@@ -104,6 +104,16 @@ TEST(RunRecord, RatesLeaveEvaluationOut) {
   EXPECT_NEAR(run.samples_per_s, 29700 + (1 - std::exp(-1.0)) * 300, 1);
 }
 
+TEST(RunRecord, TheFirstStepTellsNoRate) {
+  RunRecord run;
+  run.take(ready());
+  run.take({{"event", "first_step"}, {"rank", 0}, {"clock", 10.0}});
+  run.take(step(1, 10.0001));  // as good as no time after the first step's own end
+  EXPECT_EQ(run.samples_per_s, 0);
+  run.take(step(100, 12.0001));
+  EXPECT_NEAR(run.samples_per_s, 29700, 1);
+}
+
 TEST(RunRecord, EpochLine) {
   EXPECT_EQ(epoch_line(trained(2)),
             "epoch 2/3  train loss 0.2500  test loss 0.1250  accuracy 87.50 %  2.00 s  30,000 "
