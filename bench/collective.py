@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ OPENMPI = os.path.join(BUILD, "bench-openmpi")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
                "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 CORES = len(os.sched_getaffinity(0))
-BATCHES, TUNING_BATCHES = 50, 20  # lockstep's default; fewer to find Open MPI's best settings
+BATCHES, TUNING_BATCHES = 50, 8  # lockstep's default; fewer to find Open MPI's best settings
 TIMEOUT_S = 600  # of one program
 
 
@@ -209,6 +210,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default=os.path.join(BUILD, "bench-collective.json"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: children end, too
     openmpi, settings = prepare_openmpi(CASES)
     peers = {"openmpi": openmpi, "gloo": prepare_gloo(CASES)}
     peers = {name: measure for name, measure in peers.items() if measure}
