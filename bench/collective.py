@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,8 +24,8 @@ OPENMPI = os.path.join(BUILD, "bench-openmpi")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
                "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 CORES = len(os.sched_getaffinity(0))
-BATCHES, TUNING_BATCHES = 50, 20  # lockstep's default; fewer to find Open MPI's best settings
-TIMEOUT_S = 600  # of one program
+BATCHES, TUNING_BATCHES = 50, 8  # lockstep's default; fewer to find Open MPI's best settings
+TIMEOUT_S, TUNING_TIMEOUT_S = 600, 60  # of one program; slower settings than that are left out
 
 
 class Case:
@@ -54,9 +55,9 @@ CASES = [
 ]
 
 
-def lines_of(command):
+def lines_of(command, timeout=TIMEOUT_S):
     done = subprocess.run(command, check=True, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-                          timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+                          timeout=timeout, stdin=subprocess.DEVNULL)
     return [json.loads(line) for line in done.stdout.split("\n") if line.startswith("{")]
 
 
@@ -108,14 +109,15 @@ def openmpi_settings():
     return found
 
 
-def run_openmpi(settings, keys, batches):
+def run_openmpi(settings, keys, batches, timeout=TIMEOUT_S):
     """{key: microseconds} with one of the settings; cases of one number of ranks share a run."""
     found = {}
     for ranks in sorted({key[2] for key in keys}):
         placing = (["--bind-to", "core"] if ranks <= CORES else
                    ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"])
         specs = [Case("", *key, False).spec(batches) for key in keys if key[2] == ranks]
-        for line in lines_of(["mpirun", "-n", str(ranks), *placing, *settings, OPENMPI, *specs]):
+        command = ["mpirun", "-n", str(ranks), *placing, *settings, OPENMPI, *specs]
+        for line in lines_of(command, timeout):
             found[(line["operation"], line["bytes"], line["ranks"])] = line["time_us"]
     return found
 
@@ -125,14 +127,16 @@ def tune_openmpi(keys):
     best = {}
     settings = openmpi_settings()
     for number, (name, arguments) in enumerate(settings, 1):
-        try:
-            times = run_openmpi(arguments, keys, TUNING_BATCHES)
-        except subprocess.SubprocessError as error:
-            print(f"Open MPI, {name}: {error}", file=sys.stderr)
-            continue
+        times = {}
+        for ranks in sorted({key[2] for key in keys}):
+            asked = [key for key in keys if key[2] == ranks]
+            try:
+                times.update(run_openmpi(arguments, asked, TUNING_BATCHES, TUNING_TIMEOUT_S))
+            except subprocess.SubprocessError as error:
+                print(f"Open MPI, {name}: {error}", file=sys.stderr)
         print(f"Open MPI's settings {number}/{len(settings)}: {name}: " + ", ".join(
-            f"{size or operation} {times[(operation, size, ranks)]:.2f} us"
-            for operation, size, ranks in keys), flush=True)
+            f"{size or operation} ({ranks} ranks) {time:.2f} us"
+            for (operation, size, ranks), time in times.items()), flush=True)
         for key, time in times.items():
             if key not in best or time < best[key][0]:
                 best[key] = (time, name, arguments)
@@ -209,6 +213,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default=os.path.join(BUILD, "bench-collective.json"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: children end, too
     openmpi, settings = prepare_openmpi(CASES)
     peers = {"openmpi": openmpi, "gloo": prepare_gloo(CASES)}
     peers = {name: measure for name, measure in peers.items() if measure}

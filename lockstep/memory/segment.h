@@ -1,7 +1,7 @@
 // The node's shared memory of one job: a memfd with a header and, for each local rank, a control
-// block, a flight recorder and an arena. The agent makes it and workers inherit the descriptor; it dies
-// with its last holder and is nowhere in a file system. Everything in it is input: attach() checks
-// the header before anything else is used.
+// block, a flight recorder and an arena. The agent makes it and workers inherit the descriptor; it
+// dies with its last holder and is nowhere in a file system. Everything in it is input: attach()
+// checks the header before anything else is used.
 //
 // Owner: whoever holds the Segment keeps the mapping. Threads: the mapping may be used by any
 // thread; the ranks of one group may be processes that each attached, or threads that share one
