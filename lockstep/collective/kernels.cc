@@ -7,12 +7,12 @@
 
 // Compiles the functions up to LOCKSTEP_TARGET_END for an instruction set.
 #if defined(__clang__)
+#define LOCKSTEP_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define LOCKSTEP_TARGET_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2\"))), apply_to = function)")
-#define LOCKSTEP_TARGET_AVX512                                                                 \
-  _Pragma(                                                                                     \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl\"))), " \
-      "apply_to = function)")
+  LOCKSTEP_PRAGMA(clang attribute push(__attribute__((target("avx2"))), apply_to = function))
+#define LOCKSTEP_TARGET_AVX512          \
+  LOCKSTEP_PRAGMA(clang attribute push( \
+      __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function))
 #define LOCKSTEP_TARGET_END _Pragma("clang attribute pop")
 #else
 #define LOCKSTEP_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2\")")
