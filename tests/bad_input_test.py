@@ -164,7 +164,8 @@ def as_nobody(*arguments, code):
     if os.geteuid() != 0:
         return lockstep(*arguments, code=code)
     prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    if run(*prefix, LOCKSTEP, "--version", code=None).code != 0:
+    worker = run(*prefix, f"{LOCKSTEP}-worker", code=None).code  # says how it is started: 2
+    if run(*prefix, LOCKSTEP, "--version", code=None).code != 0 or worker != 2:
         raise Skip("running as root, and the programs cannot be run by another user")
     return run(*prefix, LOCKSTEP, *arguments, code=code)
 

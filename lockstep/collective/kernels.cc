@@ -25,19 +25,19 @@ namespace lockstep {
 namespace {
 
 namespace baseline {
-#include "lockstep/collective/kernels_body.h"
+#include "lockstep/collective/kernels_body.inc"
 }
 
 #if defined(__x86_64__)
 LOCKSTEP_TARGET_AVX2
 namespace avx2 {
-#include "lockstep/collective/kernels_body.h"
+#include "lockstep/collective/kernels_body.inc"
 }
 LOCKSTEP_TARGET_END
 
 LOCKSTEP_TARGET_AVX512
 namespace avx512 {
-#include "lockstep/collective/kernels_body.h"
+#include "lockstep/collective/kernels_body.inc"
 }
 LOCKSTEP_TARGET_END
 #endif

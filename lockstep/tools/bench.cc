@@ -213,6 +213,7 @@ class BenchRank {
   void show(const BenchResult& result) {
     if (group_->rank() != 0) return;
     print(table_row(result));
+    console().flush(Deadline::never());  // this is a forked rank, which ends without exit()
     if (json_ != nullptr) json_->append(as_byte_span(json_line(result)));
   }
 
@@ -306,6 +307,7 @@ int bench_collective(const std::vector<std::string>& arguments) {
   if (!flags.json.empty()) json.emplace(flags.json);
   const auto segment = Segment::create({.ranks = flags.ranks});
   print(table_heading());
+  console().flush(Deadline::never());  // before the ranks inherit it
   Ranks ranks;
   for (int rank = 0; rank < flags.ranks; ++rank)
     ranks.start(rank, [&] {
