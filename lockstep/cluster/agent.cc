@@ -21,6 +21,7 @@
 #include "lockstep/cluster/console.h"
 #include "lockstep/cluster/line_splitter.h"
 #include "lockstep/cluster/spawn.h"
+#include "lockstep/cluster/trace.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/observe/event.h"
 
@@ -61,6 +62,7 @@ class Agent {
   void wait();
   void take(Source source, int rank);
   void watch(int fd, Source source, int rank);
+  Environment all_environment() const;
   Environment worker_environment(int rank) const;
 
   bool read_some(int rank, Source source);
@@ -77,6 +79,7 @@ class Agent {
   void finish();
 
   const AgentOptions& options_;
+  std::string trace_;  // LOCKSTEP_TRACE
   AgentResult result_;
   std::vector<Worker> workers_;
   int running_ = 0;
@@ -156,9 +159,15 @@ void Agent::watch(int fd, Source source, int rank) {
     throw Error("cannot watch the workers: " + errno_text(errno));
 }
 
-Environment Agent::worker_environment(int rank) const {
+Environment Agent::all_environment() const {
   Environment environment = process_environment();
   for (const auto& [name, value] : options_.environment) environment[name] = value;
+  return environment;
+}
+
+Environment Agent::worker_environment(int rank) const {
+  Environment environment = all_environment();
+  if (!trace_.empty()) environment["LOCKSTEP_TRACE"] = trace_;
   const std::string size = std::to_string(options_.workers), number = std::to_string(rank);
   for (const char* name : {"RANK", "LOCAL_RANK", "ROLE_RANK"}) environment[name] = number;
   for (const char* name : {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"})
@@ -191,6 +200,11 @@ Environment Agent::worker_environment(int rank) const {
 }
 
 void Agent::start() {
+  if (const std::string trace = all_environment()["LOCKSTEP_TRACE"];
+      options_.segment && !trace.empty()) {
+    prepare_trace(trace, options_.workers);
+    trace_ = std::filesystem::absolute(trace);  // a worker may change its folder
+  }
   workers_ = std::vector<Worker>(static_cast<std::size_t>(options_.workers));
   for (int rank = 0; rank < options_.workers; ++rank) {
     Worker& worker = workers_[static_cast<std::size_t>(rank)];
@@ -410,6 +424,7 @@ void Agent::finish() {
     drain(rank);
     for (Source source : {Source::output, Source::error}) take_bytes(rank, source, {});
   }
+  if (!trace_.empty()) write_trace(*options_.segment, trace_);
   if (!gone) throw Error("a process that a worker started could not be ended");
   result_.ok = !ending_;
 }

@@ -192,10 +192,12 @@ std::string_view name_of(Launcher launcher) {
   return "unknown";
 }
 
+namespace {
+
 // Launchers nest (`srun torchrun`, mpirun inside a Slurm job, `mpirun lockstep run`): the one that
 // is usually inside wins. A batch script's own process has SLURM_PROCID but no SLURM_STEP_ID: it is
 // alone.
-Place place_from(const Environment& environment) {
+Place launched_place(const Environment& environment) {
   const auto has = [&](std::string_view name) { return find(environment, name) != nullptr; };
   if (has("LOCKSTEP_LAUNCHER")) return lockstep_place(environment);
   if (has("TORCHELASTIC_RUN_ID") || (has("RANK") && has("WORLD_SIZE") && has("LOCAL_RANK")))
@@ -209,6 +211,14 @@ Place place_from(const Environment& environment) {
   if (has("SLURM_PROCID") && has("SLURM_STEP_ID")) return slurm_place(environment);
   if (has("RANK") || has("WORLD_SIZE")) return torchrun_place(environment);
   return Place{};
+}
+
+}  // namespace
+
+Place place_from(const Environment& environment) {
+  Place place = launched_place(environment);
+  place.trace = text_or(environment, "LOCKSTEP_TRACE", "");
+  return place;
 }
 
 }  // namespace lockstep

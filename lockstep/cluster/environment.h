@@ -30,6 +30,7 @@ struct Place {
   int segment_fd = -1;      // lockstep: the inherited segment
   int event_fd = -1;        // lockstep: the pipe to the agent
   std::string job_id = {};  // names the rendezvous on this node where no segment is inherited
+  std::string trace = {};   // LOCKSTEP_TRACE: the file, "" for none
 };
 
 // Throws ConfigError naming the variable: missing partner, not a number, rank outside the world,

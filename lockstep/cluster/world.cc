@@ -9,6 +9,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/segment_exchange.h"
+#include "lockstep/cluster/trace.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/observe/event.h"
 
@@ -87,9 +88,17 @@ World init_from(const Place& place, const InitOptions& options) {
     state->events = std::make_unique<PipeEventSink>(inherited(place.event_fd, "LOCKSTEP_EVENT_FD"));
   else
     state->events = std::make_unique<NullEventSink>();
-  const GroupOptions group{.generation = place.generation, .timeout = options.timeout};
-  state->group = place.size > 1 ? make_shm_group(state->segment, place.local_rank, group)
-                                : make_solo_group(group);
+  GroupOptions group{.generation = place.generation, .timeout = options.timeout};
+  if (!place.trace.empty()) {
+    // A group of one leaves no records: traced, it is one of several that happens to be alone.
+    if (!state->segment) state->segment = Segment::create({.ranks = 1});
+    const auto trace = std::make_shared<RankTrace>(state->segment, place.local_rank, place.trace,
+                                                   /*merges=*/place.event_fd < 0);
+    group.on_records = [trace] { trace->copy_records(); };
+  }
+  state->group = place.size > 1 || group.on_records
+                     ? make_shm_group(state->segment, place.local_rank, group)
+                     : make_solo_group(group);
   World world;
   world.state_ = std::move(state);
   return world;

@@ -11,11 +11,25 @@
 namespace lockstep {
 namespace {
 
-constexpr std::string_view kNames[] = {"join",       "barrier",    "broadcast",
-                                       "all_gather", "all_reduce", "tree_all_reduce"};
+constexpr std::string_view kNames[] = {"join",
+                                       "barrier",
+                                       "broadcast",
+                                       "all_gather",
+                                       "all_reduce",
+                                       "tree_all_reduce",
+                                       "reduce",
+                                       "reduce_scatter",
+                                       "gather",
+                                       "scatter",
+                                       "all_to_all",
+                                       "all_gather_uneven",
+                                       "all_to_all_uneven",
+                                       "split",
+                                       "send",
+                                       "recv"};
 constexpr std::string_view kReductions[] = {"sum", "mean", "min", "max", "product"};
 constexpr std::size_t kFingerprintWords = 5;
-constexpr std::size_t kTagWord = 9;
+constexpr std::size_t kTagWord = kOwnWord + 1;
 constexpr std::size_t kMaxTagBytes = (std::tuple_size_v<CallWords> - kTagWord) * 8;
 
 std::string_view name_of(Operation operation) {
@@ -53,6 +67,7 @@ CallWords pack(const Call& call) {
   words[6] = static_cast<std::uint64_t>(call.started_at_ns);
   words[kPlaceWord] = call.place;
   words[kResultPlaceWord] = call.result_place;
+  words[kOwnWord] = call.own;
   std::memcpy(&words[kTagWord], call.tag.data(), std::min(call.tag.size(), kMaxTagBytes));
   return words;
 }
@@ -71,6 +86,7 @@ Call unpack(const CallWords& words) {
   call.started_at_ns = static_cast<std::int64_t>(words[6]);
   call.place = words[kPlaceWord];
   call.result_place = words[kResultPlaceWord];
+  call.own = words[kOwnWord];
   const char* tag = reinterpret_cast<const char*>(&words[kTagWord]);
   call.tag.assign(tag, std::find(tag, tag + kMaxTagBytes, '\0'));
   for (char& byte : call.tag)
@@ -82,14 +98,35 @@ bool same_fingerprint(const CallWords& a, const CallWords& b) {
   return std::equal(a.begin(), a.begin() + kFingerprintWords, b.begin());
 }
 
+bool same_message(const CallWords& a, const CallWords& b) {
+  const Call x = unpack(a), y = unpack(b);
+  const bool opposite = (x.operation == Operation::send && y.operation == Operation::recv) ||
+                        (x.operation == Operation::recv && y.operation == Operation::send);
+  return opposite && x.sequence == y.sequence && x.generation == y.generation &&
+         x.dtype == y.dtype && x.count == y.count;
+}
+
 std::string describe(const Call& call) {
   std::string text;
   const auto add = [&](const std::string& part) { text += (text.empty() ? "" : ", ") + part; };
-  if (call.operation != Operation::barrier && call.operation != Operation::join)
+  using enum Operation;
+  const Operation operation = call.operation;
+  if (operation == split) {
+    add(fmt::format("color {}, key {}", static_cast<std::int32_t>(call.own >> 32),
+                    static_cast<std::int32_t>(call.own)));
+  } else if (operation == all_to_all_uneven) {
+    add(fmt::format("{}, {} bytes", safe_name_of(call.dtype), call.own));
+  } else if (operation != barrier && operation != join) {
     add(fmt::format("{} × {}", safe_name_of(call.dtype), call.count));
-  if (call.operation == Operation::all_reduce) add(std::string(name_of(call.reduction)));
-  if (call.operation == Operation::broadcast) add(fmt::format("root {}", call.root));
-  if (call.operation == Operation::tree_all_reduce)
+  }
+  if (operation == all_reduce || operation == reduce || operation == reduce_scatter)
+    add(std::string(name_of(call.reduction)));
+  if (operation == broadcast || operation == reduce || operation == gather || operation == scatter)
+    add(fmt::format("root {}", call.root));
+  if (operation == send) add(fmt::format("to rank {}", call.root));
+  if (operation == recv) add(fmt::format("from rank {}", call.root));
+  if (operation == all_gather_uneven) add(fmt::format("counts {:x}", call.layout));
+  if (operation == tree_all_reduce)
     add(fmt::format("{} virtual ranks, layout {:x}", call.virtual_ranks, call.layout));
   if (!call.tag.empty()) add(fmt::format("tag '{}'", call.tag));
   return fmt::format("{}({})", name_of(call.operation), text);
@@ -102,18 +139,60 @@ std::uint64_t count_elements(std::span<const std::byte> data, Dtype dtype, Opera
   return data.size() / size_of(dtype);
 }
 
-void check_root(int root, int size) {
+void check_root(int root, int size, Operation operation) {
   if (root < 0 || root >= size)
-    throw ConfigError(fmt::format("broadcast: root {} in a group of {}", root, size));
+    throw ConfigError(fmt::format("{}: root {} in a group of {}", name_of(operation), root, size));
 }
 
-void check_gather(std::span<const std::byte> input, std::span<std::byte> output, int rank,
-                  int size) {
-  if (checked_multiply(input.size(), static_cast<std::uint64_t>(size)) != output.size())
-    throw ConfigError(fmt::format("all_gather: output has {} bytes, {} ranks of {} bytes need {}",
-                                  output.size(), size, input.size(), size * input.size()));
-  if (overlap(input, output) && input.data() != output.data() + rank * input.size())
-    throw ConfigError("all_gather: input overlaps output in another place than its own");
+void check_peer(int peer, int rank, int size, Operation operation) {
+  if (peer < 0 || peer >= size || peer == rank)
+    throw ConfigError(fmt::format("{}: rank {} names rank {} in a group of {}", name_of(operation),
+                                  rank, peer, size));
+}
+
+void check_parts(std::span<const std::byte> part, std::span<const std::byte> whole, int parts,
+                 int own, Operation operation) {
+  if (checked_multiply(part.size(), static_cast<std::uint64_t>(parts)) != whole.size())
+    throw ConfigError(fmt::format("{}: the whole has {} bytes, {} parts of {} bytes need {}",
+                                  name_of(operation), whole.size(), parts, part.size(),
+                                  parts * part.size()));
+  if (overlap(part, whole) && (own < 0 || part.data() != whole.data() + own * part.size()))
+    throw ConfigError(fmt::format("{}: input and output overlap in another place than a rank's own",
+                                  name_of(operation)));
+}
+
+void check_counts(std::span<const std::uint64_t> counts, std::span<const std::byte> data,
+                  Dtype dtype, int size, Operation operation) {
+  if (counts.size() != static_cast<std::size_t>(size))
+    throw ConfigError(
+        fmt::format("{}: {} counts for {} ranks", name_of(operation), counts.size(), size));
+  const std::uint64_t elements = count_elements(data, dtype, operation);
+  std::uint64_t sum = 0;
+  for (const std::uint64_t count : counts) {
+    if (count > elements - sum)
+      throw ConfigError(
+          fmt::format("{}: counts exceed the {} elements given", name_of(operation), elements));
+    sum += count;
+  }
+  if (sum != elements)
+    throw ConfigError(
+        fmt::format("{}: counts name {} of {} elements given", name_of(operation), sum, elements));
+}
+
+void check_apart(std::span<const std::byte> input, std::span<const std::byte> output,
+                 Operation operation) {
+  if (overlap(input, output))
+    throw ConfigError(fmt::format("{}: input and output overlap", name_of(operation)));
+}
+
+std::size_t check_all_to_all(std::span<const std::byte> input, std::span<const std::byte> output,
+                             Dtype dtype, int size) {
+  const std::size_t parts_bytes = size_of(dtype) * static_cast<std::size_t>(size);
+  if (input.size() != output.size() || input.size() % parts_bytes != 0)
+    throw ConfigError(fmt::format("all_to_all: {} bytes in and {} out are not {} equal parts",
+                                  input.size(), output.size(), size));
+  check_apart(input, output, Operation::all_to_all);
+  return input.size() / static_cast<std::size_t>(size);
 }
 
 void check_layout(const TreeLayout& layout, int size) {

@@ -1,102 +1,17 @@
 // What every group must do, run against every backend: all operations, dtypes and sizes, with 1 to
-// 8 ranks, in and outside the arena, compared with naive.h bit for bit. A new backend is one more
-// line in backends().
+// 8 ranks, in and outside the arena, compared with naive.h bit for bit. Here reductions, broadcast
+// and all_gather; conformance_exchange_test.cc has the rest.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cstring>
 
-#include "lockstep/collective/naive.h"
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/backends.h"
 
 namespace lockstep {
 namespace {
 
 using ::testing::HasSubstr;
-using Body = std::function<void(Group&)>;
-
-struct Backend {
-  std::string name;
-  std::vector<int> sizes;
-  // Calls body as every rank of a group of that size.
-  std::function<void(int size, const Body& body)> run;
-};
-void PrintTo(const Backend& backend, std::ostream* out) { *out << backend.name; }
-
-void run_solo(int, const Body& body) { body(*make_solo_group({.timeout = kTestTimeout})); }
-
-void run_shm_threads(int size, const Body& body) {
-  auto segment = make_segment(size);
-  run_threads(size,
-              [&](int rank) { body(*make_shm_group(segment, rank, {.timeout = kTestTimeout})); });
-}
-
-void run_shm_processes(int size, const Body& body) {
-  Processes processes(make_segment(size));
-  for (int rank = 0; rank < size; ++rank)
-    processes.start(rank, [&body, rank](const auto& segment, const auto&) {
-      body(*make_shm_group(segment, rank, {.timeout = kTestTimeout}));
-    });
-  for (int rank = 0; rank < size; ++rank)
-    EXPECT_EQ(processes.join(rank), 0) << "rank " << rank << " of " << size;
-}
-
-std::vector<Backend> backends() {
-  std::vector<Backend> all = {{"Solo", {1}, run_solo},
-                              {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads}};
-  if (!kThreadSanitizer) all.push_back({"ShmProcesses", {2, 3, 8}, run_shm_processes});
-  return all;
-}
-
-enum class Memory { arena, ordinary, mixed };
-constexpr Reduction kReductions[] = {Reduction::sum, Reduction::mean, Reduction::min,
-                                     Reduction::max, Reduction::product};
-constexpr std::size_t kSizes[] = {0, 1, 1037, 4099};
-// More than two staging buffers, and not a multiple of anything.
-constexpr std::size_t kLargeBytes = (9 << 20) + 4;
-
-// Memory of the kind asked for; for mixed, even ranks have arena memory.
-class Buffer {
- public:
-  Buffer(Group& group, Memory memory, std::size_t bytes) {
-    if (memory == Memory::arena || (memory == Memory::mixed && group.rank() % 2 == 0)) {
-      bytes_ = group.allocate(bytes, "a test's buffer");
-    } else {
-      own_.resize(bytes);
-      bytes_ = own_;
-    }
-  }
-  std::span<std::byte> bytes() const { return bytes_; }
-  void set(const std::vector<std::byte>& from) {
-    std::copy(from.begin(), from.end(), bytes_.begin());
-  }
-  std::vector<std::byte> get() const { return {bytes_.begin(), bytes_.end()}; }
-
- private:
-  std::vector<std::byte> own_;
-  std::span<std::byte> bytes_;
-};
-
-class ConformanceTest : public ::testing::TestWithParam<Backend> {
- protected:
-  // body(group, dtype, zero of its type) for all sizes of group and dtypes.
-  template <typename TypedBody>
-  void for_all(TypedBody&& body) {
-    for (const int size : GetParam().sizes)
-      GetParam().run(size, [&](Group& group) {
-        for (int i = 0; i < kDtypeCount; ++i) {
-          const auto dtype = static_cast<Dtype>(i);
-          SCOPED_TRACE("rank " + std::to_string(group.rank()) + " of " + std::to_string(size) +
-                       ", " + std::string(name_of(dtype)));
-          naive::with_type(dtype, [&](auto zero) { body(group, dtype, zero); });
-        }
-      });
-  }
-};
-
-using Memories = std::vector<Memory>;
-const Memories kMemories = {Memory::arena, Memory::ordinary, Memory::mixed};
-
 template <typename T>
 void check_all_reduce(Group& group, Dtype dtype, std::size_t count, Reduction reduction,
                       const Memories& memories) {
@@ -288,8 +203,8 @@ TEST_P(ConformanceTest, WrongArgumentsAreRefused) {
          [&] { group.all_reduce(all.first(7), Dtype::float32, Reduction::sum); }},
         {"root 8 in a group", [&] { group.broadcast(all, Dtype::int8, 8); }},
         {"root -1 in a group", [&] { group.broadcast(all, Dtype::int8, -1); }},
-        {"output has", [&] { group.all_gather(all.first(15), all, Dtype::int8); }},
-        {"overlaps",
+        {"all_gather: the whole has", [&] { group.all_gather(all.first(15), all, Dtype::int8); }},
+        {"overlap in another place",
          [&] {
            auto output = arena.first(16 * group.size());
            group.all_gather(arena.subspan(16 * group.rank() + 1, 16), output, Dtype::int8);

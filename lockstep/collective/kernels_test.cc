@@ -14,7 +14,7 @@ constexpr Reduction kReductions[] = {Reduction::sum, Reduction::mean, Reduction:
                                      Reduction::max, Reduction::product};
 
 template <typename T>
-void check_binary(Dtype dtype, Reduction reduction) {
+void check_binary(const Kernels& set, Dtype dtype, Reduction reduction) {
   for (const std::size_t count : {0, 1, 7, 64, 1037}) {
     const auto a = naive::inputs<T>(1, count);
     const auto b = naive::inputs<T>(2, count);
@@ -25,40 +25,45 @@ void check_binary(Dtype dtype, Reduction reduction) {
       std::memcpy(expected.data() + i * sizeof(T), &value, sizeof(T));
     }
     std::vector<std::byte> out(a.size());
-    binary_kernel(dtype, reduction)(out.data(), a.data(), b.data(), count);
+    set.binary(dtype, reduction)(out.data(), a.data(), b.data(), count);
     EXPECT_EQ(out, expected);
     out = a;  // in place
-    binary_kernel(dtype, reduction)(out.data(), out.data(), b.data(), count);
+    set.binary(dtype, reduction)(out.data(), out.data(), b.data(), count);
     EXPECT_EQ(out, expected);
     out = b;
-    binary_kernel(dtype, reduction)(out.data(), a.data(), out.data(), count);
+    set.binary(dtype, reduction)(out.data(), a.data(), out.data(), count);
     EXPECT_EQ(out, expected);
   }
 }
 
 TEST(KernelsTest, EveryReductionOfEveryDtypeEqualsItsNaiveTwin) {
-  for (int i = 0; i < kDtypeCount; ++i) {
-    const auto dtype = static_cast<Dtype>(i);
-    for (const Reduction reduction : kReductions) {
-      SCOPED_TRACE(std::string(name_of(dtype)) + " " + std::string(name_of(reduction)));
-      naive::with_type(dtype, [&](auto zero) { check_binary<decltype(zero)>(dtype, reduction); });
+  for (const Kernels& set : all_kernels()) {
+    if (!set.usable) continue;
+    for (int i = 0; i < kDtypeCount; ++i) {
+      const auto dtype = static_cast<Dtype>(i);
+      for (const Reduction reduction : kReductions) {
+        SCOPED_TRACE(std::string(set.name) + " " + std::string(name_of(dtype)) + " " +
+                     std::string(name_of(reduction)));
+        naive::with_type(dtype,
+                         [&](auto zero) { check_binary<decltype(zero)>(set, dtype, reduction); });
+      }
     }
   }
 }
 
 template <typename Half>
-void check_conversions(Dtype dtype) {
+void check_conversions(const Kernels& set, Dtype dtype) {
   for (int i = 0; i < 1 << 16; ++i) {
     const auto bits = static_cast<std::uint16_t>(i);
     float wide = 0;
-    widen_to_float32(&wide, &bits, dtype, 1);
+    set.widen_to_float32(&wide, &bits, dtype, 1);
     const float expected = Half{bits}.value();
     std::uint16_t back = 0;
-    round_from_float32(&back, &wide, dtype, 1);
+    set.round_from_float32(&back, &wide, dtype, 1);
     if (std::isnan(expected)) {
       ASSERT_TRUE(std::isnan(wide)) << i;
       float again = 0;
-      widen_to_float32(&again, &back, dtype, 1);
+      set.widen_to_float32(&again, &back, dtype, 1);
       ASSERT_TRUE(std::isnan(again)) << i;
       continue;
     }
@@ -71,15 +76,18 @@ void check_conversions(Dtype dtype) {
                              : static_cast<float>((double{wide} + double{next}) / 2);
     for (const float value : {middle, std::nextafterf(middle, -INFINITY),
                               std::nextafterf(middle, INFINITY), wide * 1.0001f}) {
-      round_from_float32(&back, &value, dtype, 1);
+      set.round_from_float32(&back, &value, dtype, 1);
       ASSERT_EQ(back, Half::of(value).bits) << value;
     }
   }
 }
 
 TEST(KernelsTest, ConversionsOfAll16BitNumbers) {
-  check_conversions<naive::Float16>(Dtype::float16);
-  check_conversions<naive::Bfloat16>(Dtype::bfloat16);
+  for (const Kernels& set : all_kernels()) {
+    if (!set.usable) continue;
+    check_conversions<naive::Float16>(set, Dtype::float16);
+    check_conversions<naive::Bfloat16>(set, Dtype::bfloat16);
+  }
 }
 
 TEST(KernelsTest, MinAndMaxGiveNaN) {
@@ -87,7 +95,7 @@ TEST(KernelsTest, MinAndMaxGiveNaN) {
   for (const Reduction reduction : {Reduction::min, Reduction::max}) {
     const float a[] = {nan, 1.0f, 1.0f}, b[] = {1.0f, nan, 2.0f};
     float out[3];
-    binary_kernel(Dtype::float32, reduction)(out, a, b, 3);
+    kernels().binary(Dtype::float32, reduction)(out, a, b, 3);
     EXPECT_TRUE(std::isnan(out[0]));
     EXPECT_TRUE(std::isnan(out[1]));
     EXPECT_EQ(out[2], reduction == Reduction::min ? 1.0f : 2.0f);
@@ -96,13 +104,13 @@ TEST(KernelsTest, MinAndMaxGiveNaN) {
 
 TEST(KernelsTest, IntegersDivideTowardZero) {
   std::int32_t values[] = {7, -7, 6, -1};
-  divide(values, Dtype::int32, 2, 4);
+  kernels().divide(values, Dtype::int32, 2, 4);
   EXPECT_EQ(values[0], 3);
   EXPECT_EQ(values[1], -3);
   EXPECT_EQ(values[2], 3);
   EXPECT_EQ(values[3], 0);
   double real = 7;
-  divide(&real, Dtype::float64, 2, 1);
+  kernels().divide(&real, Dtype::float64, 2, 1);
   EXPECT_EQ(real, 3.5);
 }
 

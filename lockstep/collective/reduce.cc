@@ -21,43 +21,47 @@ void Reducer::run(const ReduceJob& job, std::span<const std::byte* const> slots,
   const Dtype computed = widen ? Dtype::float32 : job.dtype;
   const std::size_t element_bytes = size_of(job.dtype);
   const std::size_t tile_bytes = kTileElements * size_of(computed);
-  const BinaryKernel kernel = binary_kernel(computed, job.reduction);
+  const Kernels& set = kernels();
+  const BinaryKernel kernel = set.binary(computed, job.reduction);
+  const CombineStep* const last_step = &job.plan.steps.back();
   scratch_.resize(job.plan.stack_depth * tile_bytes);
   stack_.resize(job.plan.stack_depth);
 
   for (std::size_t begin = first; begin < last; begin += kTileElements) {
     const std::size_t count = std::min(kTileElements, last - begin);
     const std::size_t offset = begin * element_bytes;
+    std::byte* const out = results[0] + offset;
     std::size_t depth = 0;
     for (const CombineStep& step : job.plan.steps) {
       if (step.kind == CombineStep::Kind::push) {
+        moved_ += count * element_bytes;
         const std::byte* slot = slots[step.rank] + step.slot * job.slot_bytes + offset;
         std::byte* level = scratch_.data() + depth * tile_bytes;
-        if (widen) widen_to_float32(reinterpret_cast<float*>(level), slot, job.dtype, count);
+        if (widen) set.widen_to_float32(reinterpret_cast<float*>(level), slot, job.dtype, count);
         stack_[depth++] = widen ? level : slot;  // unwidened operands are read where they are
       } else {
         --depth;
-        std::byte* level = scratch_.data() + (depth - 1) * tile_bytes;
+        // The last sum goes home at once: every other operand has been read by then.
+        std::byte* level =
+            &step == last_step && !widen ? out : scratch_.data() + (depth - 1) * tile_bytes;
         kernel(level, stack_[depth - 1], stack_[depth], count);
         stack_[depth - 1] = level;
       }
     }
     LOCKSTEP_CHECK(depth == 1);
-    const std::byte* value = stack_[0];
-    if (job.reduction == Reduction::mean) {
-      // A plan of one push has left the value in the slot, which is not ours to change.
-      if (value != scratch_.data()) std::memcpy(scratch_.data(), value, count * element_bytes);
-      value = scratch_.data();
-      divide(scratch_.data(), computed, static_cast<std::int64_t>(results.size()), count);
+    const bool mean = job.reduction == Reduction::mean;
+    const auto ranks = static_cast<std::int64_t>(slots.size());
+    if (widen) {
+      if (mean) set.divide(scratch_.data(), computed, ranks, count);
+      set.round_from_float32(out, reinterpret_cast<const float*>(scratch_.data()), job.dtype,
+                             count);
+    } else {
+      if (stack_[0] != out) std::memcpy(out, stack_[0], count * element_bytes);
+      if (mean) set.divide(out, computed, ranks, count);
     }
-    for (std::byte* result : results) {
-      std::byte* out = result + offset;
-      if (widen) {
-        round_from_float32(out, reinterpret_cast<const float*>(value), job.dtype, count);
-      } else if (out != value) {
-        std::memcpy(out, value, count * element_bytes);
-      }
-    }
+    moved_ += results.size() * count * element_bytes;
+    for (std::byte* const result : results.subspan(1))
+      std::memcpy(result + offset, out, count * element_bytes);
   }
 }
 

@@ -30,8 +30,11 @@ class Reducer {
   // slot 0: a tile is read everywhere before it is written anywhere.
   void run(const ReduceJob& job, std::span<const std::byte* const> slots,
            std::span<std::byte* const> results, std::size_t first, std::size_t last);
+  // Bytes read from slots and written to results so far.
+  std::uint64_t moved() const { return moved_; }
 
  private:
+  std::uint64_t moved_ = 0;
   std::vector<std::byte> scratch_;       // one tile for each level of the stack
   std::vector<const std::byte*> stack_;  // where each level's tile is: in scratch_ or in a slot
 };

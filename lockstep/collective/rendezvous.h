@@ -7,6 +7,7 @@
 // deadline.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,15 +15,27 @@
 #include "lockstep/base/deadline.h"
 #include "lockstep/collective/call.h"
 #include "lockstep/collective/group.h"
+#include "lockstep/collective/operation_record.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
 
+// Who meets, by rank in the group. The segment's own control blocks are those of the group of all;
+// a sub-group has others, elsewhere in the segment.
+struct Members {
+  std::shared_ptr<Segment> segment;
+  std::vector<int> node_ranks;         // whose arena and whose bell: places in the segment
+  std::vector<ControlBlock*> blocks;   // a sub-group's own
+  std::atomic<std::uint64_t>* failed;  // as Segment::failed_word()
+  std::string name;                    // for messages; "" for the group of all
+};
+Members all_members(std::shared_ptr<Segment> segment);
+
 class Rendezvous {
  public:
   // Throws CommError if this rank has taken part in this generation or a later one.
-  Rendezvous(std::shared_ptr<Segment> segment, int rank, const GroupOptions& options);
+  Rendezvous(Members members, int rank, const GroupOptions& options);
   ~Rendezvous();  // tells the others that this rank is gone
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
@@ -33,6 +46,18 @@ class Rendezvous {
   // Meets again within the operation: what each rank wrote before is visible to all after.
   void meet();
   void end(std::uint64_t bytes);
+
+  // A message between this rank and `peer` alone (call.operation: send or recv): announces it and
+  // waits for the peer's, compares. Returns the sender's call. The first chunk is staged already.
+  CallWords begin_message(int peer, Call call, const CallOptions& options);
+  // By the sender: chunks that can be read; returns once the peer has taken so many.
+  void set_staged(std::uint64_t chunks);
+  void await_taken(int peer, std::uint64_t chunks);
+  // By the receiver.
+  void await_staged(int peer, std::uint64_t chunks);
+  void set_taken(int peer, std::uint64_t chunks);
+  void end_message(std::uint64_t bytes);
+
   // Ends the group on all ranks, with this message. Throws CommError.
   [[noreturn]] void fail(const std::string& what);
   // Throws once the group is over.
@@ -41,10 +66,22 @@ class Rendezvous {
   const GroupStatistics& statistics() const { return statistics_; }
 
  private:
-  ControlBlock& block(int rank) const { return segment_->control(rank); }
+  ControlBlock& block(int rank) const { return *members_.blocks[rank]; }
+  // The block whose bell a rank rings for all its groups, so that whoever wakes the segment's
+  // ranks wakes those of sub-groups too.
+  ControlBlock& door(int rank) const { return *doors_[rank]; }
   bool arrived(int rank) const;
   void wait_for(int rank);
   bool spin_for(int rank) const;
+  void open(Call& call, std::uint64_t sequence, const CallOptions& options);
+  void count(Clock::time_point now, std::uint64_t bytes);
+  // Makes those look again who wait for this rank.
+  void announce();
+  // Until done(); for messages, where one rank matters alone.
+  template <typename Done>
+  void wait_for_peer(int peer, Done&& done);
+  // Throws CommError if the rank has left or died before it arrived.
+  void check_gone(int rank, bool look_at_process, const std::function<bool()>& has_arrived);
   // Throws CommError if the job was aborted or another rank ended the group.
   void check_ended();
   // Throws CommError if a rank that we wait for will not come any more, or not in time.
@@ -53,10 +90,13 @@ class Rendezvous {
   [[noreturn]] void fail_deadline();
   [[noreturn]] void fail_mismatch();
   [[noreturn]] void end_with(const std::string& message);
+  void record_begin(const CallWords& call);
+  void record_end(Clock::time_point now, OperationState state);
   std::string last_seen(int rank) const;
   std::string operation_text() const;
 
-  std::shared_ptr<Segment> segment_;
+  const Members members_;
+  std::vector<ControlBlock*> doors_;
   const int rank_;
   const int size_;
   const std::uint64_t generation_;
@@ -64,6 +104,7 @@ class Rendezvous {
   const bool may_spin_;
   std::uint64_t phase_;
   std::uint64_t next_sequence_ = 0;
+  std::vector<std::uint64_t> messages_;  // with each rank
 
   Call call_;  // the operation that is open or was last
   Clock::time_point began_{};
@@ -71,6 +112,9 @@ class Rendezvous {
   std::vector<CallWords> calls_;
   std::string over_;  // the message that ended the group
   GroupStatistics statistics_;
+  OperationRecorder recorder_;
+  Clock::duration waited_before_{};  // statistics_.waiting when the operation began
+  const std::function<void()> on_records_;
 };
 
 }  // namespace lockstep

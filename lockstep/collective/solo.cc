@@ -27,21 +27,73 @@ class SoloGroup final : public Group {
 
   void broadcast(std::span<std::byte> data, Dtype dtype, int root, const CallOptions&) override {
     count_elements(data, dtype, Operation::broadcast);
-    check_root(root, 1);
+    check_root(root, 1, Operation::broadcast);
     count(data.size());
   }
 
   void all_gather(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
                   const CallOptions&) override {
-    count_elements(input, dtype, Operation::all_gather);
-    check_gather(input, output, 0, 1);
-    copy(input, output);
-    count(input.size());
+    copy_part(input, output, dtype, 0, Operation::all_gather);
+  }
+  void all_gather_uneven(std::span<const std::byte> input, std::span<std::byte> output,
+                         std::span<const std::uint64_t> counts, Dtype dtype,
+                         const CallOptions&) override {
+    check_counts(counts, output, dtype, 1, Operation::all_gather_uneven);
+    copy_part(input, output, dtype, 0, Operation::all_gather_uneven);
+  }
+  void gather(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype, int root,
+              const CallOptions&) override {
+    check_root(root, 1, Operation::gather);
+    copy_part(input, output, dtype, 0, Operation::gather);
+  }
+  void scatter(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype, int root,
+               const CallOptions&) override {
+    check_root(root, 1, Operation::scatter);
+    copy_part(input, output, dtype, 0, Operation::scatter);
+  }
+  void all_to_all(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                  const CallOptions&) override {
+    check_all_to_all(input, output, dtype, 1);
+    copy_part(input, output, dtype, -1, Operation::all_to_all);
+  }
+  void all_to_all_uneven(std::span<const std::byte> input,
+                         std::span<const std::uint64_t> input_counts, std::span<std::byte> output,
+                         std::span<const std::uint64_t> output_counts, Dtype dtype,
+                         const CallOptions&) override {
+    check_counts(input_counts, input, dtype, 1, Operation::all_to_all_uneven);
+    check_counts(output_counts, output, dtype, 1, Operation::all_to_all_uneven);
+    copy_part(input, output, dtype, -1, Operation::all_to_all_uneven);
   }
 
   void all_reduce(std::span<std::byte> data, Dtype dtype, Reduction, const CallOptions&) override {
     count_elements(data, dtype, Operation::all_reduce);
     count(data.size());
+  }
+  void reduce(std::span<std::byte> data, Dtype dtype, Reduction, int root,
+              const CallOptions&) override {
+    count_elements(data, dtype, Operation::reduce);
+    check_root(root, 1, Operation::reduce);
+    count(data.size());
+  }
+  void reduce_scatter(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                      Reduction, const CallOptions&) override {
+    copy_part(input, output, dtype, -1, Operation::reduce_scatter);
+  }
+
+  // Nobody else is there: every rank named is wrong.
+  void send(std::span<const std::byte> data, Dtype dtype, int destination,
+            const CallOptions&) override {
+    count_elements(data, dtype, Operation::send);
+    check_peer(destination, 0, 1, Operation::send);
+  }
+  void recv(std::span<std::byte> data, Dtype dtype, int source, const CallOptions&) override {
+    count_elements(data, dtype, Operation::recv);
+    check_peer(source, 0, 1, Operation::recv);
+  }
+
+  std::unique_ptr<Group> split(int color, int, const CallOptions&) override {
+    count(0);
+    return color < 0 ? nullptr : make_solo_group({.generation = generation_});
   }
 
   void tree_all_reduce(std::span<std::byte> slots, std::span<std::byte> result, Dtype dtype,
@@ -72,6 +124,14 @@ class SoloGroup final : public Group {
     void operator()(std::byte* memory) const { std::free(memory); }
   };
 
+  // own: whether the two may be the same memory (0) or must lie apart (-1).
+  void copy_part(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                 int own, Operation operation) {
+    count_elements(input, dtype, operation);
+    check_parts(input, output, 1, own, operation);
+    copy(input, output);
+    count(input.size());
+  }
   static void copy(std::span<const std::byte> from, std::span<std::byte> to) {
     if (!from.empty() && from.data() != to.data())
       std::memmove(to.data(), from.data(), from.size());

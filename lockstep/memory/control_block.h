@@ -1,6 +1,7 @@
 // What one rank shows the others, in shared memory: how far it is, what it is doing, who it is.
 // Every field is an atomic, because another process may read it at any time, and every reader
-// treats what it finds as input. Written by its rank alone, except `waiters` and `bell`. All zero
+// treats what it finds as input. Written by its rank alone, except `waiters`,
+// `bell` and `message_taken`. All zero
 // until its rank has joined a group.
 #pragma once
 
@@ -61,6 +62,13 @@ struct alignas(64) ControlBlock {
   std::atomic<std::uint64_t> arena_used;
 
   CallRecord calls[2];  // call n is in n % 2: a rank may be one call ahead of its readers
+
+  // A message to or from one other rank, while this rank is in such a call.
+  CallRecord message;
+  std::atomic<std::uint64_t> message_turn;    // who it is with and its number; 0: no message
+  std::atomic<std::uint64_t> message_staged;  // sender: how many chunks can be read
+  alignas(64) std::atomic<std::uint64_t> message_taken;  // and were; the receiver writes it here
+
   SharedText<1000> failure;
 };
 

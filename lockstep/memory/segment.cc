@@ -14,12 +14,13 @@
 #include "lockstep/base/error.h"
 #include "lockstep/memory/available_memory.h"
 #include "lockstep/memory/control_block.h"
+#include "lockstep/memory/flight_recorder.h"
 
 namespace lockstep {
 namespace {
 
 constexpr std::uint64_t kMagic = 0x6d67657370657473;  // "stepsegm"
-constexpr std::uint32_t kLayoutVersion = 1;
+constexpr std::uint32_t kLayoutVersion = 2;
 constexpr std::uint64_t kAlignment = 64;
 constexpr std::uint64_t kArenaAlignment = 2 << 20;  // a huge page
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
@@ -51,8 +52,11 @@ struct Layout {
   std::uint64_t ranks = 0;
   std::uint64_t arena_bytes = 0;  // a multiple of kArenaAlignment
   std::uint64_t control_offset() const { return round_up(sizeof(Header), kAlignment); }
+  std::uint64_t recorders_offset() const {
+    return round_up(control_offset() + ranks * sizeof(ControlBlock), kAlignment);
+  }
   std::uint64_t arenas_offset() const {
-    return round_up(control_offset() + ranks * sizeof(ControlBlock), kArenaAlignment);
+    return round_up(recorders_offset() + ranks * sizeof(FlightRecorder), kArenaAlignment);
   }
   std::uint64_t arena_offset(std::uint64_t rank) const {
     return arenas_offset() + rank * arena_bytes;
@@ -160,6 +164,11 @@ int Segment::ranks() const { return static_cast<int>(state_->layout.ranks); }
 ControlBlock& Segment::control(int rank) {
   LOCKSTEP_CHECK(rank >= 0 && rank < ranks());
   return reinterpret_cast<ControlBlock*>(state_->base + state_->layout.control_offset())[rank];
+}
+
+FlightRecorder& Segment::recorder(int rank) {
+  LOCKSTEP_CHECK(rank >= 0 && rank < ranks());
+  return reinterpret_cast<FlightRecorder*>(state_->base + state_->layout.recorders_offset())[rank];
 }
 
 std::atomic<std::uint32_t>& Segment::abort_word() { return state_->header().abort_word; }

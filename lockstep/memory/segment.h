@@ -1,7 +1,7 @@
-// The node's shared memory of one job: a memfd with a header, a control block for each local rank,
-// and an arena for each local rank. The agent makes it and workers inherit the descriptor; it dies
-// with its last holder and is nowhere in a file system. Everything in it is input: attach() checks
-// the header before anything else is used.
+// The node's shared memory of one job: a memfd with a header and, for each local rank, a control
+// block, a flight recorder and an arena. The agent makes it and workers inherit the descriptor; it
+// dies with its last holder and is nowhere in a file system. Everything in it is input: attach()
+// checks the header before anything else is used.
 //
 // Owner: whoever holds the Segment keeps the mapping. Threads: the mapping may be used by any
 // thread; the ranks of one group may be processes that each attached, or threads that share one
@@ -32,7 +32,8 @@ struct SegmentOptions {
   std::uint64_t arena_bytes = 0;
 };
 
-struct ControlBlock;  // memory/control_block.h: what one rank shows the others
+struct ControlBlock;    // memory/control_block.h: what one rank shows the others
+struct FlightRecorder;  // memory/flight_recorder.h: its last operations
 
 class Segment {
  public:
@@ -46,6 +47,7 @@ class Segment {
   int fd() const;  // close-on-exec; who hands it to a child clears the flag
   int ranks() const;
   ControlBlock& control(int rank);
+  FlightRecorder& recorder(int rank);
   // Non-zero ends every wait of every rank. Set through abort(), which also wakes the waiters.
   std::atomic<std::uint32_t>& abort_word();
   // The first reason stays. Callable from any holder of the segment, the agent included; not from a

@@ -221,7 +221,7 @@ TEST(SegmentAttachTest, WrongDescriptorsAreNamed) {
 TEST(SegmentAttachTest, HostileHeadersAreNamed) {
   const Genuine genuine;
   EXPECT_THAT(genuine.error_with(0, 1, 8), HasSubstr("magic"));
-  EXPECT_THAT(genuine.error_with(8, 2, 4), HasSubstr("layout is version 2, this program's is 1"));
+  EXPECT_THAT(genuine.error_with(8, 1, 4), HasSubstr("layout is version 1, this program's is 2"));
   EXPECT_THAT(genuine.error_with(12, 0, 4), HasSubstr("claims 0 ranks"));
   EXPECT_THAT(genuine.error_with(12, 1025, 4), HasSubstr("claims 1025 ranks"));
   EXPECT_THAT(genuine.error_with(12, 0xffffffff, 4), HasSubstr("claims 4294967295 ranks"));

@@ -169,8 +169,8 @@ std::string closing_tables(const RunRecord& run, double total_s) {
     rows[0].insert(rows[0].end(), {"CPU", "memory"});
     for (const auto& [rank, event] : run.ranks) {
       std::vector<std::string> row = {std::to_string(rank)};
-      const auto percent = [&](double part) {
-        return fmt::format("{:.0f} %", 100 * per_second(part, event.at("total_s")));
+      const auto percent = [&total = event.at("total_s")](double part) {
+        return fmt::format("{:.0f} %", 100 * per_second(part, total));
       };
       for (const char* phase : kPhases)
         row.push_back(percent(event.at("seconds").value(phase, 0.0)));

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "lockstep/base/deadline.h"
+#include "lockstep/cluster/flight_recorder.h"
 #include "lockstep/cluster/spawn.h"
 #include "lockstep/job/nearest.h"
 
@@ -61,5 +62,10 @@ Console& console() {
 }
 void print(std::string_view text) { console().write(false, text); }
 void print_error(std::string_view text) { console().write(true, text); }
+
+void print_flight_record(Segment& segment, const std::filesystem::path& file) {
+  const std::string text = dump_flight_record(segment, file);
+  if (!text.empty()) print_error("lockstep: " + text + "\n");
+}
 
 }  // namespace lockstep

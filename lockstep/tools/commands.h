@@ -3,6 +3,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -11,6 +12,8 @@
 #include "lockstep/cluster/console.h"
 
 namespace lockstep {
+
+class Segment;
 
 // When the program started.
 struct Start {
@@ -23,6 +26,7 @@ struct Start {
 int run_command(const std::vector<std::string>& arguments, const Start& start);
 int train_command(const std::vector<std::string>& arguments, const Start& start);
 int predict_command(const std::vector<std::string>& arguments, const Start& start);
+int bench_command(const std::vector<std::string>& arguments, const Start& start);
 
 // A signal ended the command from outside. Exit code 128 + signal.
 class Interrupted : public Error {
@@ -48,5 +52,8 @@ Console& console();
 // Both ignore what cannot be written: the files are the result, a closed terminal is no failure.
 void print(std::string_view text);        // to standard output
 void print_error(std::string_view text);  // to standard error
+// To standard error: what every rank did last. More is written to `file`. Nothing if the workers
+// used no collectives.
+void print_flight_record(Segment& segment, const std::filesystem::path& file);
 
 }  // namespace lockstep

@@ -186,7 +186,10 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   options.console = &console();
   const AgentResult result = run_agent(options);
   if (result.signal != 0) throw Interrupted(result.signal);
-  if (result.failure) throw Error(describe(*result.failure));
+  if (result.failure) {
+    print_flight_record(*options.segment, fmt::format("flight_recorder-{}.json", ::getpid()));
+    throw Error(describe(*result.failure));
+  }
   console().flush(Deadline::never());
   check_streams();
   return 0;

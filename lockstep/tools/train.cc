@@ -162,6 +162,10 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
       if (reason != also.what()) print_error(fmt::format("lockstep: {}\n", also.what()));
     }
     log.fail(reason, snapshots.sha256());
+    const bool failed = dynamic_cast<const Interrupted*>(&error) == nullptr &&
+                        dynamic_cast<const ConfigError*>(&error) == nullptr;
+    if (failed && log.files_made())
+      print_flight_record(*run.segment, folder.path() / "flight_recorder.json");
     throw;
   }
 }

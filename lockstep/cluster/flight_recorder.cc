@@ -1,0 +1,117 @@
+#include "lockstep/cluster/flight_recorder.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <nlohmann/json.hpp>
+
+#include "lockstep/base/error.h"
+#include "lockstep/base/file.h"
+#include "lockstep/collective/operation_record.h"
+#include "lockstep/collective/process_state.h"
+#include "lockstep/memory/control_block.h"
+
+namespace lockstep {
+namespace {
+
+std::int64_t monotonic_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+std::string_view process_text(const ControlBlock& block) {
+  switch (process_state(block.pid.load(), block.process_start.load())) {
+    case ProcessState::running:
+      return "alive";
+    case ProcessState::stopped:
+      return "stopped by a signal";
+    case ProcessState::dead:
+      return "dead";
+  }
+  return "";
+}
+
+nlohmann::json json_of(const RecordedOperation& operation) {
+  const bool open = operation.state == OperationState::open;
+  return {{"serial", operation.serial},
+          {"operation", operation.name()},
+          {"call", describe(operation.call)},
+          {"group", operation.group},
+          {"generation", operation.call.generation},
+          {"sequence", operation.call.sequence},
+          {"count", operation.call.count},
+          {"bytes", operation.bytes()},
+          {"tag", operation.call.tag},
+          {"state", name_of(operation.state)},
+          {"start_ns", operation.call.started_at_ns},
+          {"end_ns", open ? nlohmann::json() : nlohmann::json(operation.ended_at_ns)},
+          {"waited_ns", open ? nlohmann::json() : nlohmann::json(operation.waited.count())}};
+}
+
+std::string last_operation(Segment& segment, int rank, std::int64_t now_ns) {
+  const auto operations = recorded_operations(segment, rank);
+  if (operations.empty()) return "no operation yet";
+  const RecordedOperation& last = operations.back();
+  const bool open = last.state == OperationState::open;
+  const std::int64_t since = open ? last.call.started_at_ns : last.ended_at_ns;
+  const double age_s = (static_cast<double>(now_ns) - static_cast<double>(since)) * 1e-9;
+  const bool failed = last.state == OperationState::failed;
+  return fmt::format("{} {}, {}{:.2f} s{}",
+                     open     ? "in"
+                     : failed ? "failed in"
+                              : "after",
+                     describe(last), open ? "for " : "", age_s, open ? "" : " ago");
+}
+
+}  // namespace
+
+bool has_flight_record(Segment& segment) {
+  for (int rank = 0; rank < segment.ranks(); ++rank)
+    if (segment.recorder(rank).opened.load() != 0) return true;
+  return false;
+}
+
+nlohmann::json flight_record(Segment& segment) {
+  nlohmann::json ranks = nlohmann::json::array();
+  for (int rank = 0; rank < segment.ranks(); ++rank) {
+    nlohmann::json operations = nlohmann::json::array();
+    for (const RecordedOperation& operation : recorded_operations(segment, rank))
+      operations.push_back(json_of(operation));
+    const ControlBlock& block = segment.control(rank);
+    ranks.push_back({{"rank", rank},
+                     {"pid", block.pid.load()},
+                     {"process", process_text(block)},
+                     {"operations_begun", segment.recorder(rank).opened.load()},
+                     {"operations", std::move(operations)}});
+  }
+  return {{"now_ns", monotonic_ns()}, {"ranks", std::move(ranks)}};
+}
+
+std::string last_operations(Segment& segment) {
+  const std::int64_t now_ns = monotonic_ns();
+  std::string text;
+  for (int rank = 0; rank < segment.ranks(); ++rank) {
+    const ControlBlock& block = segment.control(rank);
+    text += fmt::format("{}rank {} (pid {}, {}): {}", rank == 0 ? "" : "\n", rank, block.pid.load(),
+                        process_text(block), last_operation(segment, rank, now_ns));
+  }
+  return text;
+}
+
+std::string dump_flight_record(Segment& segment, const std::filesystem::path& file) {
+  if (!has_flight_record(segment)) return "";
+  std::string end;
+  try {
+    write_file_atomically(
+        file, flight_record(segment).dump(1, ' ', false, nlohmann::json::error_handler_t::replace) +
+                  "\n");
+    end =
+        fmt::format("the last {} operations of every rank: {}", kRecordedOperations, file.string());
+  } catch (const Error& error) {
+    end = fmt::format("the operations before these are lost: {}", error.what());
+  }
+  return fmt::format("the last operation of every rank:\n{}\n{}", last_operations(segment), end);
+}
+
+}  // namespace lockstep

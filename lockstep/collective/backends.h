@@ -1,0 +1,100 @@
+// For tests alone: what the conformance suites run against, and with. A new backend is one more
+// line in backends().
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "lockstep/collective/naive.h"
+#include "lockstep/collective/ranks.h"
+
+namespace lockstep {
+
+using Body = std::function<void(Group&)>;
+
+struct Backend {
+  std::string name;
+  std::vector<int> sizes;
+  // Calls body as every rank of a group of that size.
+  std::function<void(int size, const Body& body)> run;
+};
+inline void PrintTo(const Backend& backend, std::ostream* out) { *out << backend.name; }
+
+inline void run_solo(int, const Body& body) { body(*make_solo_group({.timeout = kTestTimeout})); }
+
+inline void run_shm_threads(int size, const Body& body) {
+  auto segment = make_segment(size);
+  run_threads(size,
+              [&](int rank) { body(*make_shm_group(segment, rank, {.timeout = kTestTimeout})); });
+}
+
+inline void run_shm_processes(int size, const Body& body) {
+  Processes processes(make_segment(size));
+  for (int rank = 0; rank < size; ++rank)
+    processes.start(rank, [&body, rank](const auto& segment, const auto&) {
+      body(*make_shm_group(segment, rank, {.timeout = kTestTimeout}));
+    });
+  for (int rank = 0; rank < size; ++rank)
+    EXPECT_EQ(processes.join(rank), 0) << "rank " << rank << " of " << size;
+}
+
+inline std::vector<Backend> backends() {
+  std::vector<Backend> all = {{"Solo", {1}, run_solo},
+                              {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads}};
+  if (!kThreadSanitizer) all.push_back({"ShmProcesses", {2, 3, 8}, run_shm_processes});
+  return all;
+}
+
+enum class Memory { arena, ordinary, mixed };
+inline constexpr Reduction kReductions[] = {Reduction::sum, Reduction::mean, Reduction::min,
+                                            Reduction::max, Reduction::product};
+inline constexpr std::size_t kSizes[] = {0, 1, 1037, 4099};
+// More than two staging buffers, and not a multiple of anything.
+inline constexpr std::size_t kLargeBytes = (9 << 20) + 4;
+
+// Memory of the kind asked for; for mixed, even ranks have arena memory.
+class Buffer {
+ public:
+  Buffer(Group& group, Memory memory, std::size_t bytes) {
+    if (memory == Memory::arena || (memory == Memory::mixed && group.rank() % 2 == 0)) {
+      bytes_ = group.allocate(bytes, "a test's buffer");
+    } else {
+      own_.resize(bytes);
+      bytes_ = own_;
+    }
+  }
+  std::span<std::byte> bytes() const { return bytes_; }
+  void set(const std::vector<std::byte>& from) {
+    std::copy(from.begin(), from.end(), bytes_.begin());
+  }
+  std::vector<std::byte> get() const { return {bytes_.begin(), bytes_.end()}; }
+
+ private:
+  std::vector<std::byte> own_;
+  std::span<std::byte> bytes_;
+};
+
+class ConformanceTest : public ::testing::TestWithParam<Backend> {
+ protected:
+  // body(group, dtype, zero of its type) for all sizes of group and dtypes.
+  template <typename TypedBody>
+  void for_all(TypedBody&& body) {
+    for (const int size : GetParam().sizes)
+      GetParam().run(size, [&](Group& group) {
+        for (int i = 0; i < kDtypeCount; ++i) {
+          const auto dtype = static_cast<Dtype>(i);
+          SCOPED_TRACE("rank " + std::to_string(group.rank()) + " of " + std::to_string(size) +
+                       ", " + std::string(name_of(dtype)));
+          naive::with_type(dtype, [&](auto zero) { body(group, dtype, zero); });
+        }
+      });
+  }
+};
+
+using Memories = std::vector<Memory>;
+inline const Memories kMemories = {Memory::arena, Memory::ordinary, Memory::mixed};
+
+}  // namespace lockstep

@@ -1,0 +1,208 @@
+// The group of ranks of one node: data moves through the segment. Private to this layer. Owned by
+// its user, used by one thread at a time.
+//
+// A collective has two meetings at least. At the first, everybody's input is in place and its
+// position known; then each rank reads what it needs and writes what it owns; after the second,
+// every rank may use its result and change its input. Memory outside the arenas passes through a
+// staging buffer in chunks, each with meetings of its own. What an operation stages follows from
+// the positions that all ranks announced, so all ranks take the same path.
+//
+// Files: shm_group.cc (joining, splitting), shm_reduce.cc (all_reduce, tree_all_reduce),
+// shm_partial_reduce.cc (reduce, reduce_scatter), shm_exchange.cc (what only copies),
+// shm_point_to_point.cc (send, recv).
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "lockstep/base/error.h"
+#include "lockstep/collective/group.h"
+#include "lockstep/collective/reduce.h"
+#include "lockstep/collective/rendezvous.h"
+#include "lockstep/memory/segment.h"
+
+namespace lockstep {
+
+inline constexpr std::size_t kStagingBytes = 4 << 20;
+inline constexpr std::size_t kCacheLine = 64;
+
+// What a rank reserved in its arena; given back at the end, last first.
+class ArenaMemory {
+ public:
+  ArenaMemory(std::shared_ptr<Segment> segment, int node_rank)
+      : segment_(std::move(segment)), node_rank_(node_rank) {}
+  ~ArenaMemory() {
+    for (auto memory = memory_.rbegin(); memory != memory_.rend(); ++memory)
+      segment_->release(node_rank_, *memory);
+  }
+  ArenaMemory(const ArenaMemory&) = delete;
+  ArenaMemory& operator=(const ArenaMemory&) = delete;
+  std::span<std::byte> allocate(std::size_t bytes, std::string_view what) {
+    memory_.push_back(segment_->allocate(node_rank_, bytes, what));
+    return memory_.back();
+  }
+
+ private:
+  std::shared_ptr<Segment> segment_;
+  const int node_rank_;
+  std::vector<std::span<std::byte>> memory_;
+};
+
+// What follows from a TreeLayout; built once and kept while the layout stays the same.
+struct Tree {
+  TreeLayout layout;
+  std::uint64_t digest = 0;
+  std::vector<std::size_t> contributions;  // by rank
+  CombinePlan plan;
+
+  explicit Tree(TreeLayout of);
+};
+
+class ShmGroup final : public Group {
+ public:
+  // members.blocks and members.node_ranks name the ranks; `rank` is this one's place among them.
+  ShmGroup(Members members, int rank, const GroupOptions& options);
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  std::uint64_t generation() const override { return generation_; }
+  GroupStatistics statistics() const override {
+    GroupStatistics statistics = meeting_.statistics();
+    statistics.moved = reducer_.moved();
+    return statistics;
+  }
+  std::span<std::byte> allocate(std::size_t bytes, std::string_view what) override {
+    return memory_.allocate(bytes, what);
+  }
+
+  void barrier(const CallOptions& options) override;
+  void broadcast(std::span<std::byte> data, Dtype dtype, int root,
+                 const CallOptions& options) override;
+  void all_gather(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                  const CallOptions& options) override;
+  void all_gather_uneven(std::span<const std::byte> input, std::span<std::byte> output,
+                         std::span<const std::uint64_t> counts, Dtype dtype,
+                         const CallOptions& options) override;
+  void gather(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype, int root,
+              const CallOptions& options) override;
+  void scatter(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype, int root,
+               const CallOptions& options) override;
+  void all_to_all(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                  const CallOptions& options) override;
+  void all_to_all_uneven(std::span<const std::byte> input,
+                         std::span<const std::uint64_t> input_counts, std::span<std::byte> output,
+                         std::span<const std::uint64_t> output_counts, Dtype dtype,
+                         const CallOptions& options) override;
+  void all_reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction,
+                  const CallOptions& options) override;
+  void reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction, int root,
+              const CallOptions& options) override;
+  void reduce_scatter(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
+                      Reduction reduction, const CallOptions& options) override;
+  void tree_all_reduce(std::span<std::byte> slots, std::span<std::byte> result, Dtype dtype,
+                       const TreeLayout& layout, const CallOptions& options) override;
+  void send(std::span<const std::byte> data, Dtype dtype, int destination,
+            const CallOptions& options) override;
+  void recv(std::span<std::byte> data, Dtype dtype, int source,
+            const CallOptions& options) override;
+  std::unique_ptr<Group> split(int color, int key, const CallOptions& options) override;
+
+ private:
+  using Pointers = std::vector<std::byte*>;  // by rank
+
+  // What this rank is to have of another's input.
+  struct Piece {
+    std::uint64_t from = 0;
+    std::uint64_t bytes = 0;
+    std::byte* to = nullptr;
+  };
+  // Every rank reads piece_of(source) from each rank's input, which is in its arena or passes
+  // through its staging buffer.
+  template <typename PieceOf>
+  void exchange(Call call, std::span<const std::byte> input, const CallOptions& options,
+                PieceOf&& piece_of);
+  void copy_pieces(const std::vector<CallWords>& calls, std::span<const std::byte> input,
+                   std::uint64_t offset, const std::vector<Piece>& pieces) const;
+  // The body of a send or recv, with run()'s treatment of errors.
+  template <typename Body>
+  void run_message(int peer, Call call, const CallOptions& options, std::uint64_t bytes,
+                   Body&& body);
+
+  // One operation: announce and compare, then body(calls of all ranks). Whatever fails in between
+  // ends the group.
+  template <typename Body>
+  void run(Call call, const CallOptions& options, std::uint64_t bytes, Body&& body) {
+    const std::vector<CallWords>& calls = meeting_.begin(std::move(call), options);
+    try {
+      body(calls);
+    } catch (const CommError&) {
+      throw;
+    } catch (const std::exception& error) {
+      meeting_.fail(error.what());
+    }
+    meeting_.end(bytes);
+  }
+
+  // The bytes of a rank's arena at a place that it named: checked.
+  std::byte* at(int rank, std::uint64_t place, std::uint64_t bytes, std::size_t alignment) const;
+  // Where memory lies in the segment if this rank's arena holds it, aligned; else kNowhere.
+  std::uint64_t place_of(std::span<const std::byte> memory, std::size_t alignment) const;
+  // The ranks' memory at the positions they announced, bytes_of(rank) long: checked. False if a
+  // rank's is nowhere.
+  template <typename BytesOf>
+  bool locate(const std::vector<CallWords>& calls, std::size_t word, std::size_t alignment,
+              BytesOf&& bytes_of, Pointers& pointers) const {
+    pointers.assign(size_, nullptr);
+    for (int rank = 0; rank < size_; ++rank) {
+      const std::uint64_t place = calls[rank][word];
+      const std::size_t bytes = bytes_of(rank);
+      if (bytes == 0) continue;
+      if (place == kNowhere) return false;
+      pointers[rank] = at(rank, place, bytes, alignment);
+    }
+    return true;
+  }
+  // Copies the beginning of `input` to this rank's staging buffer.
+  void stage(std::span<const std::byte> input) {
+    if (input.empty()) return;
+    std::memcpy(staging_.data(), input.data(), std::min(input.size(), kStagingBytes));
+  }
+  // Calls work(offset, bytes) for every chunk of `bytes`, once it is staged on all ranks that
+  // stage; `work` ends with a meeting. staged: the first chunk is staged everywhere already.
+  template <typename Work>
+  void in_chunks(std::span<const std::byte> input, bool stages, bool staged, Work&& work) {
+    for (std::size_t offset = 0; offset < input.size(); offset += kStagingBytes) {
+      const auto chunk = input.subspan(offset, std::min(kStagingBytes, input.size() - offset));
+      if (offset != 0 || !staged) {
+        if (stages) stage(chunk);
+        meeting_.meet();
+      }
+      work(offset, chunk.size());
+    }
+  }
+  // This rank's slice of `count` elements: the plan's value, written to all results.
+  void reduce_slice(const ReduceJob& job, const Pointers& slots, const Pointers& results,
+                    std::size_t count);
+
+  const std::shared_ptr<Segment> segment_;
+  const std::vector<int> node_ranks_;  // whose arena is whose: by rank
+  const int rank_;
+  const int size_;
+  const std::uint64_t generation_;
+  const Clock::duration timeout_;
+  const std::function<void()> on_records_;
+  ArenaMemory memory_;
+  Rendezvous meeting_;
+  const Tree own_tree_;         // all_reduce: one virtual rank a rank
+  std::unique_ptr<Tree> tree_;  // tree_all_reduce: the last layout's
+  // kStagingBytes, followed by this rank's counts of all_to_all_uneven.
+  std::span<std::byte> staging_;
+  Pointers stagings_;
+  Pointers slots_;    // scratch of one operation
+  Pointers results_;  // scratch of one operation
+  Reducer reducer_;
+};
+
+}  // namespace lockstep
