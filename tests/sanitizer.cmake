@@ -1,9 +1,16 @@
-# Builds what needs no libtorch with the sanitizers of `preset` and runs its tests.
+# Builds what needs no libtorch with the sanitizers of `preset` and runs its tests; under the thread
+# sanitizer those where threads or processes share memory.
 set(build "${folder}/${preset}")
 cmake_path(GET CMAKE_CURRENT_LIST_DIR PARENT_PATH source)
+set(targets)
+set(chosen)
+if(preset STREQUAL "tsan")
+  set(targets --target memory_test collective_test cluster_test cluster_worker lockstep)
+  set(chosen -R "^(memory|collective|cluster|launch|agent)$")
+endif()
 set(tests "${CMAKE_CTEST_COMMAND};--test-dir;${build};--output-on-failure;-LE;soak;-j;2")
 foreach(command "${CMAKE_COMMAND};--preset;${preset};-S;${source};-B;${build}"
-                "${CMAKE_COMMAND};--build;${build};-j;2" "${tests}")
+                "${CMAKE_COMMAND};--build;${build};-j;2;${targets}" "${tests};${chosen}")
   execute_process(COMMAND ${command} RESULT_VARIABLE result)
   if(NOT result EQUAL 0)
     message(FATAL_ERROR "${preset}: '${command}' ended with ${result}")
