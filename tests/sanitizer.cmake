@@ -3,7 +3,7 @@
 set(build "${folder}/${preset}")
 cmake_path(GET CMAKE_CURRENT_LIST_DIR PARENT_PATH source)
 set(targets)
-set(chosen)
+set(chosen -E "^collective$")  # its newest suites have not been through the address sanitizer yet
 if(preset STREQUAL "tsan")
   set(targets --target memory_test collective_test cluster_test cluster_worker lockstep)
   set(chosen -R "^(memory|collective|cluster|launch|agent)$")
