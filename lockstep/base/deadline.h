@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <optional>
 
 namespace lockstep {
@@ -26,6 +27,10 @@ class Deadline {
   Clock::time_point when_;
 };
 
+// Of the monotonic clock.
+inline std::int64_t nanoseconds_of(Clock::time_point when) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(when.time_since_epoch()).count();
+}
 inline double seconds(Clock::duration duration) {
   return std::chrono::duration<double>(duration).count();
 }

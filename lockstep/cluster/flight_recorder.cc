@@ -2,9 +2,9 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
 #include <nlohmann/json.hpp>
 
+#include "lockstep/base/deadline.h"
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
 #include "lockstep/collective/operation_record.h"
@@ -14,22 +14,8 @@
 namespace lockstep {
 namespace {
 
-std::int64_t monotonic_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
 std::string_view process_text(const ControlBlock& block) {
-  switch (process_state(block.pid.load(), block.process_start.load())) {
-    case ProcessState::running:
-      return "alive";
-    case ProcessState::stopped:
-      return "stopped by a signal";
-    case ProcessState::dead:
-      return "dead";
-  }
-  return "";
+  return name_of(process_state(block.pid.load(), block.process_start.load()));
 }
 
 nlohmann::json json_of(const RecordedOperation& operation) {
@@ -42,9 +28,9 @@ nlohmann::json json_of(const RecordedOperation& operation) {
           {"sequence", operation.call.sequence},
           {"count", operation.call.count},
           {"bytes", operation.bytes()},
-          {"tag", operation.call.tag},
+          {"tag", std::string(operation.call.tag.view())},
           {"state", name_of(operation.state)},
-          {"start_ns", operation.call.started_at_ns},
+          {"start_ns", operation.started_at_ns},
           {"end_ns", open ? nlohmann::json() : nlohmann::json(operation.ended_at_ns)},
           {"waited_ns", open ? nlohmann::json() : nlohmann::json(operation.waited.count())}};
 }
@@ -54,7 +40,7 @@ std::string last_operation(Segment& segment, int rank, std::int64_t now_ns) {
   if (operations.empty()) return "no operation yet";
   const RecordedOperation& last = operations.back();
   const bool open = last.state == OperationState::open;
-  const std::int64_t since = open ? last.call.started_at_ns : last.ended_at_ns;
+  const std::int64_t since = open ? last.started_at_ns : last.ended_at_ns;
   const double age_s = (static_cast<double>(now_ns) - static_cast<double>(since)) * 1e-9;
   const bool failed = last.state == OperationState::failed;
   return fmt::format("{} {}, {}{:.2f} s{}",
@@ -85,11 +71,11 @@ nlohmann::json flight_record(Segment& segment) {
                      {"operations_begun", segment.recorder(rank).opened.load()},
                      {"operations", std::move(operations)}});
   }
-  return {{"now_ns", monotonic_ns()}, {"ranks", std::move(ranks)}};
+  return {{"now_ns", nanoseconds_of(Clock::now())}, {"ranks", std::move(ranks)}};
 }
 
 std::string last_operations(Segment& segment) {
-  const std::int64_t now_ns = monotonic_ns();
+  const std::int64_t now_ns = nanoseconds_of(Clock::now());
   std::string text;
   for (int rank = 0; rank < segment.ranks(); ++rank) {
     const ControlBlock& block = segment.control(rank);

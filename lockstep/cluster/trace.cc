@@ -93,7 +93,7 @@ class RankEvents {
   void add(const OperationCopy& copy) {
     const RecordedOperation operation = operation_from(copy);
     const Call& call = operation.call;
-    const std::int64_t start = std::clamp<std::int64_t>(call.started_at_ns, 0, now_ns_);
+    const std::int64_t start = std::clamp<std::int64_t>(operation.started_at_ns, 0, now_ns_);
     const std::int64_t end = operation.state == OperationState::open
                                  ? now_ns_
                                  : std::clamp<std::int64_t>(operation.ended_at_ns, start, now_ns_);
@@ -104,7 +104,7 @@ class RankEvents {
          .start_ns = start,
          .duration_ns = end - start,
          .arguments = {{"call", describe(call)},
-                       {"tag", call.tag},
+                       {"tag", std::string(call.tag.view())},
                        {"dtype", has_name(call.dtype) ? std::string(name_of(call.dtype)) : "?"},
                        {"bytes", operation.bytes()},
                        {"sequence", call.sequence},

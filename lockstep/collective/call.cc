@@ -27,11 +27,8 @@ constexpr std::string_view kNames[] = {"join",
                                        "split",
                                        "send",
                                        "recv"};
+constexpr int kMaxVirtualRanks = 0xffff;  // as the announcement has room for
 constexpr std::string_view kReductions[] = {"sum", "mean", "min", "max", "product"};
-constexpr std::size_t kFingerprintWords = 5;
-constexpr std::size_t kTagWord = kOwnWord + 1;
-constexpr std::size_t kMaxTagBytes = (std::tuple_size_v<CallWords> - kTagWord) * 8;
-
 std::string_view name_of(Operation operation) {
   const auto index = static_cast<std::size_t>(operation);
   return index < std::size(kNames) ? kNames[index] : "unknown operation";
@@ -54,43 +51,37 @@ std::string_view name_of(Reduction reduction) {
 }
 
 CallWords pack(const Call& call) {
-  CallWords words{};
-  words[0] = call.sequence;
-  words[1] = call.generation;
-  words[2] = static_cast<std::uint64_t>(call.operation) |
-             static_cast<std::uint64_t>(call.dtype) << 8 |
-             static_cast<std::uint64_t>(call.reduction) << 16 |
-             static_cast<std::uint64_t>(static_cast<std::uint32_t>(call.root)) << 32;
-  words[3] = call.count;
-  words[4] = call.layout;
-  words[5] = static_cast<std::uint64_t>(call.virtual_ranks);
-  words[6] = static_cast<std::uint64_t>(call.started_at_ns);
-  words[kPlaceWord] = call.place;
-  words[kResultPlaceWord] = call.result_place;
-  words[kOwnWord] = call.own;
-  std::memcpy(&words[kTagWord], call.tag.data(), std::min(call.tag.size(), kMaxTagBytes));
-  return words;
+  return {ticket_of(call.generation, call.sequence),
+          static_cast<std::uint64_t>(call.operation) |
+              static_cast<std::uint64_t>(call.dtype) << 8 |
+              static_cast<std::uint64_t>(call.reduction) << 16 |
+              static_cast<std::uint64_t>(call.payload) << 24 |
+              static_cast<std::uint64_t>(static_cast<std::uint16_t>(call.root)) << 32 |
+              static_cast<std::uint64_t>(static_cast<std::uint16_t>(call.virtual_ranks)) << 48,
+          call.count,
+          call.layout,
+          call.place,
+          call.result_place,
+          call.own,
+          0};
 }
 
 Call unpack(const CallWords& words) {
   Call call;
-  call.sequence = words[0];
-  call.generation = words[1];
-  call.operation = static_cast<Operation>(words[2] & 0xff);
-  call.dtype = static_cast<Dtype>((words[2] >> 8) & 0xff);
-  call.reduction = static_cast<Reduction>((words[2] >> 16) & 0xff);
-  call.root = static_cast<int>(words[2] >> 32);
-  call.count = words[3];
-  call.layout = words[4];
-  call.virtual_ranks = static_cast<int>(words[5]);
-  call.started_at_ns = static_cast<std::int64_t>(words[6]);
+  call.sequence = (words[0] & ((std::uint64_t{1} << kGenerationShift) - 1)) - 1;
+  call.generation = words[0] >> kGenerationShift;
+  call.operation = static_cast<Operation>(words[1] & 0xff);
+  call.dtype = static_cast<Dtype>((words[1] >> 8) & 0xff);
+  call.reduction = static_cast<Reduction>((words[1] >> 16) & 0xff);
+  call.payload = static_cast<std::uint8_t>(words[1] >> 24);
+  call.root = static_cast<std::uint16_t>(words[1] >> 32);
+  call.virtual_ranks = static_cast<std::uint16_t>(words[1] >> 48);
+  call.count = words[2];
+  call.layout = words[3];
+  if (call.payload != 0) return call;
   call.place = words[kPlaceWord];
   call.result_place = words[kResultPlaceWord];
   call.own = words[kOwnWord];
-  const char* tag = reinterpret_cast<const char*>(&words[kTagWord]);
-  call.tag.assign(tag, std::find(tag, tag + kMaxTagBytes, '\0'));
-  for (char& byte : call.tag)
-    if (static_cast<unsigned char>(byte) < ' ') byte = '?';
   return call;
 }
 
@@ -128,7 +119,7 @@ std::string describe(const Call& call) {
   if (operation == all_gather_uneven) add(fmt::format("counts {:x}", call.layout));
   if (operation == tree_all_reduce)
     add(fmt::format("{} virtual ranks, layout {:x}", call.virtual_ranks, call.layout));
-  if (!call.tag.empty()) add(fmt::format("tag '{}'", call.tag));
+  if (!call.tag.view().empty()) add(fmt::format("tag '{}'", call.tag.view()));
   return fmt::format("{}({})", name_of(call.operation), text);
 }
 
@@ -206,6 +197,9 @@ void check_layout(const TreeLayout& layout, int size) {
                                     run.lo, run.hi, next));
     next = run.hi;
   }
+  if (next > kMaxVirtualRanks)
+    throw ConfigError(fmt::format("tree_all_reduce: {} virtual ranks are more than {}", next,
+                                  kMaxVirtualRanks));
   if (next != layout.virtual_ranks || next < 1)
     throw ConfigError(fmt::format("tree_all_reduce: the runs cover {} of {} virtual ranks", next,
                                   layout.virtual_ranks));

@@ -2,11 +2,14 @@
 // compare, and what messages need to quote it. Values; any thread.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "lockstep/base/dtype.h"
@@ -36,6 +39,29 @@ enum class Operation : std::uint8_t {
 
 inline constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
 
+// A tensor's name or the like, cut to what the flight recorder keeps; control characters become
+// '?'.
+class Tag {
+ public:
+  static constexpr std::size_t kBytes = 32;
+  Tag() = default;
+  template <typename Text>
+    requires std::convertible_to<const Text&, std::string_view>
+  Tag(const Text& text) : Tag(std::string_view(text), 0) {}
+  std::string_view view() const {
+    return {bytes_.data(), static_cast<std::size_t>(std::ranges::find(bytes_, 0) - bytes_.begin())};
+  }
+  const std::array<char, kBytes>& bytes() const { return bytes_; }
+  bool operator==(const Tag&) const = default;
+
+ private:
+  Tag(std::string_view text, int) {
+    for (std::size_t i = 0; i < std::min(text.size(), kBytes) && text[i] != 0; ++i)
+      bytes_[i] = static_cast<unsigned char>(text[i]) < ' ' ? '?' : text[i];
+  }
+  std::array<char, kBytes> bytes_{};
+};
+
 struct Call {
   Operation operation = Operation::barrier;
   Dtype dtype = Dtype::uint8;
@@ -52,16 +78,27 @@ struct Call {
   std::uint64_t result_place = kNowhere;
   // What ranks need not agree on: the bytes of an input; split: color and key.
   std::uint64_t own = 0;
-  std::string tag = {};
+  std::uint8_t payload = 0;  // bytes of data that lie in the announcement itself
+  Tag tag = {};
 };
 
-using CallWords = std::array<std::uint64_t, 16>;
-inline constexpr std::size_t kPlaceWord = 7;
-inline constexpr std::size_t kResultPlaceWord = 8;
-inline constexpr std::size_t kOwnWord = 9;
+// An announcement: one cache line. The ticket (generation, then sequence number) comes first; the
+// first four words are the fingerprint; the places, or the payload instead of them, follow. Tag and
+// time are the flight recorder's.
+using CallWords = std::array<std::uint64_t, 8>;
+inline constexpr int kGenerationShift = 48;
+inline constexpr std::size_t kFingerprintWords = 4;
+inline constexpr std::size_t kPlaceWord = 4;
+inline constexpr std::size_t kResultPlaceWord = 5;
+inline constexpr std::size_t kOwnWord = 6;
+inline constexpr std::size_t kPayloadWord = 4;
+inline constexpr std::size_t kPayloadBytes = (std::tuple_size_v<CallWords> - kPayloadWord) * 8;
+inline std::uint64_t ticket_of(std::uint64_t generation, std::uint64_t sequence) {
+  return generation << kGenerationShift | (sequence + 1);
+}
 CallWords pack(const Call& call);
 Call unpack(const CallWords& words);
-// Whether two ranks make the same call; memory, times and tags may differ.
+// Whether two ranks make the same call; memory and payload may differ.
 bool same_fingerprint(const CallWords& a, const CallWords& b);
 
 // Whether one is the send and the other the receive of the same message.

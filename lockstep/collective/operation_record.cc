@@ -12,11 +12,11 @@
 namespace lockstep {
 namespace {
 
-constexpr std::size_t kCallWords = 7;  // of a call's words: those before its places
-constexpr std::size_t kTagWords = 4;
-constexpr std::size_t kGroupWord = kCallWords + kTagWords;
+// The fingerprint's words, the own one, when it began, the tag, the group.
+constexpr std::size_t kOwnPlace = kFingerprintWords, kStartPlace = 5, kTagPlace = 6;
+constexpr std::size_t kGroupPlace = kTagPlace + Tag::kBytes / 8;
 constexpr int kStateBits = 2;  // of a record's outcome; the rest is the time waited
-static_assert(kPlaceWord == kCallWords && kGroupWord + 2 == std::tuple_size_v<OperationWords>);
+static_assert(kGroupPlace + 2 <= std::tuple_size_v<OperationWords>);
 
 std::string text_of(const std::uint64_t* words, std::size_t count) {
   const char* bytes = reinterpret_cast<const char*>(words);
@@ -35,11 +35,14 @@ std::string_view name_of(OperationState state) {
 
 RecordedOperation operation_from(const OperationCopy& copy) {
   CallWords words{};
-  std::copy_n(copy.words.begin(), kCallWords, words.begin());
+  std::copy_n(copy.words.begin(), kFingerprintWords, words.begin());
+  words[1] &= ~(std::uint64_t{0xff} << 24);  // no payload is here
   words[kPlaceWord] = words[kResultPlaceWord] = kNowhere;
+  words[kOwnWord] = copy.words[kOwnPlace];
   RecordedOperation operation{.serial = copy.serial, .call = unpack(words)};
-  operation.call.tag = text_of(&copy.words[kCallWords], kTagWords);
-  operation.group = text_of(&copy.words[kGroupWord], 2);
+  operation.call.tag = text_of(&copy.words[kTagPlace], Tag::kBytes / 8);
+  operation.started_at_ns = static_cast<std::int64_t>(copy.words[kStartPlace]);
+  operation.group = text_of(&copy.words[kGroupPlace], 2);
   const auto state = static_cast<OperationState>(copy.outcome & ((1 << kStateBits) - 1));
   if (copy.ended_at_ns != 0) {
     operation.ended_at_ns = copy.ended_at_ns;
@@ -64,12 +67,16 @@ OperationRecorder::OperationRecorder(FlightRecorder& recorder, std::string_view 
   std::memcpy(group_.data(), group.data(), std::min(group.size(), sizeof(group_)));
 }
 
-void OperationRecorder::begin(const CallWords& call, std::string_view tag) {
+std::string OperationRecorder::group() const { return text_of(group_.data(), group_.size()); }
+
+void OperationRecorder::begin(const CallWords& call, const Tag& tag, std::int64_t now_ns) {
   OperationWords words{};
-  std::copy_n(call.begin(), kCallWords, words.begin());
-  std::memcpy(&words[kCallWords], tag.data(), std::min(tag.size(), kTagWords * 8));
-  std::copy(group_.begin(), group_.end(), words.begin() + kGroupWord);
-  serial_ = open_record(recorder_, words);
+  std::copy_n(call.begin(), kFingerprintWords, words.begin());
+  words[kOwnPlace] = call[kOwnWord];
+  words[kStartPlace] = static_cast<std::uint64_t>(now_ns);
+  std::memcpy(&words[kTagPlace], tag.bytes().data(), Tag::kBytes);
+  std::copy(group_.begin(), group_.end(), words.begin() + kGroupPlace);
+  open_record(recorder_, serial_, words);
 }
 
 bool OperationRecorder::end(std::int64_t now_ns, std::chrono::nanoseconds waited,

@@ -20,7 +20,8 @@ std::string_view name_of(OperationState state);
 
 struct RecordedOperation {
   std::uint64_t serial = 0;  // of the rank, over all its groups, from 1
-  Call call;                 // tag cut to 32 bytes; places are not kept
+  Call call;                 // places are not kept
+  std::int64_t started_at_ns = 0;
   std::string group = {};    // cut to 16 bytes; "": the group of all
   OperationState state = OperationState::open;
   std::int64_t ended_at_ns = 0;       // 0 while open; monotonic clock
@@ -30,11 +31,13 @@ struct RecordedOperation {
   std::uint64_t bytes() const;  // of the elements that the call counts
 };
 
-// Writes one rank's operations, those of one group. One thread at a time.
+// Writes one rank's operations, those of one group: claim(), begin(), end(). One thread at a time.
 class OperationRecorder {
  public:
   OperationRecorder(FlightRecorder& recorder, std::string_view group);
-  void begin(const CallWords& call, std::string_view tag);
+  std::string group() const;  // as RecordedOperation's
+  void claim() { serial_ = claim_record(recorder_); }
+  void begin(const CallWords& call, const Tag& tag, std::int64_t now_ns);
   // Of the operation that is open; nothing if none is. True once in half a ring: what the caller
   // wants to keep of the records must be read before another half ring has gone by.
   bool end(std::int64_t now_ns, std::chrono::nanoseconds waited, OperationState state);

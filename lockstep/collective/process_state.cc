@@ -37,6 +37,11 @@ Stat read_stat(int pid) {
 
 }  // namespace
 
+std::string_view name_of(ProcessState state) {
+  constexpr std::string_view kNames[] = {"alive", "stopped by a signal", "dead"};
+  return kNames[static_cast<int>(state)];
+}
+
 ProcessState process_state(int pid, std::uint64_t start) {
   // Before kill() could take it for a group of processes.
   if (pid <= 0 || (::kill(pid, 0) != 0 && errno == ESRCH)) return ProcessState::dead;

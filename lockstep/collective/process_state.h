@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 namespace lockstep {
 
 enum class ProcessState { running, stopped, dead };
+std::string_view name_of(ProcessState state);  // "alive", "stopped by a signal", "dead"
 
 // start: process_start_time() of the process meant, so that a reused pid counts as dead; 0:
 // unknown.

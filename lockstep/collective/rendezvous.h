@@ -1,14 +1,23 @@
-// How the ranks of one node meet: each announces a call in its control block, waits for all the
-// others', compares them, and knows that every earlier write of theirs is visible. No data moves
-// here. Owned by one group and used by one thread at a time.
+// How the ranks of one node meet: each announces a call in a cache line of its control block, waits
+// for all the others' lines, compares them, and knows that every earlier write of theirs is
+// visible. A few bytes of data travel in the announcement itself. Owned by one group and used by
+// one thread at a time.
 //
 // Waiting: spins briefly when every rank can have a core of its own, then sleeps on the late rank's
 // bell in slices, after each of which it looks for an abort, a failed group, a dead process and the
 // deadline.
+//
+// Who announces looks afterwards whether somebody sleeps. Between that store and that load a fence
+// belongs, which would wait for the store to reach the other core, on every call. So, where all
+// ranks can, the one who goes to sleep pays instead: membarrier(2) is a fence on everybody's side.
+//
+// Files: rendezvous.cc (meeting), rendezvous_message.cc (send, recv), rendezvous_error.cc (whom a
+// wait can end with, and its words).
 #pragma once
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -40,16 +49,28 @@ class Rendezvous {
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
 
-  // Opens an operation: announces `call`, waits until all ranks have announced theirs, compares.
-  // Returns everybody's, by rank; valid until the next call. Throws CommError.
-  const std::vector<CallWords>& begin(Call call, const CallOptions& options);
+  // Opens an operation: announces `call` with `payload` (at most kPayloadBytes; its size is the
+  // same on all ranks), waits until all ranks have announced theirs, compares. Returns everybody's,
+  // by rank; valid until the next call. Throws CommError.
+  const std::vector<CallWords>& begin(const Call& call, const CallOptions& options,
+                                      std::span<const std::byte> payload = {});
+  // Of the next begin(). Memory that operation n's readers are done with when all have begun n + 1
+  // may come from two places in turn.
+  std::uint64_t next_sequence() const { return next_sequence_; }
+  // Once all have joined: how all of them wait and ring from now on.
+  void agree_on_waiting();
   // Meets again within the operation: what each rank wrote before is visible to all after.
   void meet();
   void end(std::uint64_t bytes);
+  bool may_spin() const { return may_spin_; }
+  // A rank's copy of operation `sequence`'s input.
+  std::byte* input_of(int rank, std::uint64_t sequence) const {
+    return block(rank).inputs[sequence % 2].bytes;
+  }
 
   // A message between this rank and `peer` alone (call.operation: send or recv): announces it and
   // waits for the peer's, compares. Returns the sender's call. The first chunk is staged already.
-  CallWords begin_message(int peer, Call call, const CallOptions& options);
+  CallWords begin_message(int peer, const Call& call, const CallOptions& options);
   // By the sender: chunks that can be read; returns once the peer has taken so many.
   void set_staged(std::uint64_t chunks);
   void await_taken(int peer, std::uint64_t chunks);
@@ -66,20 +87,36 @@ class Rendezvous {
   const GroupStatistics& statistics() const { return statistics_; }
 
  private:
+  // Without a clock or a pause: what a meeting takes of ranks that come at the same time.
+  static constexpr int kEagerLooks = 100;
+
   ControlBlock& block(int rank) const { return *members_.blocks[rank]; }
   // The block whose bell a rank rings for all its groups, so that whoever wakes the segment's
   // ranks wakes those of sub-groups too.
   ControlBlock& door(int rank) const { return *doors_[rank]; }
-  bool arrived(int rank) const;
-  void wait_for(int rank);
-  bool spin_for(int rank) const;
-  void open(Call& call, std::uint64_t sequence, const CallOptions& options);
+  // At the meeting that is under way.
+  std::uint64_t seen(int rank) const {
+    const ControlBlock& theirs = block(rank);
+    const auto& word = in_call_ ? theirs.calls[call_.sequence % 2].words[0] : theirs.phase;
+    return word.load(std::memory_order_acquire);
+  }
+  bool arrived(int rank) const { return seen(rank) >= expected_; }
+  void open(const Call& call, std::uint64_t sequence, const CallOptions& options);
+  // After the announcement, while the others' are on their way.
+  void record_begin(const CallWords& call, const CallOptions& options);
+  void record_end(Clock::time_point now, OperationState state);
   void count(Clock::time_point now, std::uint64_t bytes);
   // Makes those look again who wait for this rank.
   void announce();
-  // Until done(); for messages, where one rank matters alone.
+  void await_all();
+  // Until done(). Alone: `peer` is the only one that can keep us waiting.
   template <typename Done>
-  void wait_for_peer(int peer, Done&& done);
+  void await(int peer, bool alone, const Done& done) {
+    for (int look = may_spin_ ? kEagerLooks : 1; look > 0; --look)
+      if (done()) return;
+    await_slowly(peer, alone, std::cref(done));
+  }
+  void await_slowly(int peer, bool alone, const std::function<bool()>& done);
   // Throws CommError if the rank has left or died before it arrived.
   void check_gone(int rank, bool look_at_process, const std::function<bool()>& has_arrived);
   // Throws CommError if the job was aborted or another rank ended the group.
@@ -87,13 +124,12 @@ class Rendezvous {
   // Throws CommError if a rank that we wait for will not come any more, or not in time.
   // `look_at_processes`: costs system calls.
   void check_late(Clock::time_point now, bool look_at_processes);
-  [[noreturn]] void fail_deadline();
   [[noreturn]] void fail_mismatch();
   [[noreturn]] void end_with(const std::string& message);
-  void record_begin(const CallWords& call);
-  void record_end(Clock::time_point now, OperationState state);
+  std::string quote(int rank, const CallWords& words) const;
   std::string last_seen(int rank) const;
   std::string operation_text() const;
+  static std::string process_text(const ControlBlock& block);  // "pid 7, alive"
 
   const Members members_;
   std::vector<ControlBlock*> doors_;
@@ -101,10 +137,15 @@ class Rendezvous {
   const int size_;
   const std::uint64_t generation_;
   const Clock::duration timeout_;
-  const bool may_spin_;
+  bool may_spin_;
+  bool sleepers_fence_ = false;  // so that announcers need not
   std::uint64_t phase_;
   std::uint64_t next_sequence_ = 0;
   std::vector<std::uint64_t> messages_;  // with each rank
+
+  // The meeting under way: which of a rank's words says that it arrived, and from what value on.
+  bool in_call_ = false;
+  std::uint64_t expected_ = 0;
 
   Call call_;  // the operation that is open or was last
   Clock::time_point began_{};

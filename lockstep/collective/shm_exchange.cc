@@ -9,13 +9,14 @@
 namespace lockstep {
 
 template <typename PieceOf>
-void ShmGroup::exchange(Call call, std::span<const std::byte> input, const CallOptions& options,
-                        PieceOf&& piece_of) {
+void ShmGroup::exchange(const Call& made, std::span<const std::byte> input,
+                        const CallOptions& options, PieceOf&& piece_of) {
+  Call call = made;
   call.place = place_of(input, size_of(call.dtype));
   call.own = input.size();
   const bool stages = call.place == kNowhere;
   if (stages) stage(input);
-  run(std::move(call), options, input.size(), [&](const std::vector<CallWords>& calls) {
+  run(call, options, input.size(), [&](const std::vector<CallWords>& calls) {
     std::uint64_t longest = 0;
     std::uint64_t staged = 0;
     for (const CallWords& words : calls) {
@@ -149,10 +150,10 @@ void ShmGroup::all_to_all_uneven(std::span<const std::byte> input,
   check_counts(input_counts, input, dtype, size_, kOperation);
   check_counts(output_counts, output, dtype, size_, kOperation);
   check_apart(input, output, kOperation);
-  std::memcpy(staging_.data() + kStagingBytes, input_counts.data(), input_counts.size_bytes());
+  std::memcpy(counts(rank_), input_counts.data(), input_counts.size_bytes());
   std::byte* next = output.data();
   exchange({.operation = kOperation, .dtype = dtype}, input, options, [&](int source, const auto&) {
-    const auto* theirs = reinterpret_cast<const std::uint64_t*>(stagings_[source] + kStagingBytes);
+    const std::uint64_t* theirs = counts(source);
     if (theirs[rank_] != output_counts[source])
       throw Error(fmt::format("rank {} sends {} elements to rank {}, which expects {}", source,
                               theirs[rank_], rank_, output_counts[source]));

@@ -43,6 +43,7 @@ ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options)
         if (!locate(
                 calls, kPlaceWord, kCacheLine, [&](int) { return staging_.size(); }, stagings_))
           throw Error("a rank announced no staging buffer");
+        meeting_.agree_on_waiting();
       });
 }
 

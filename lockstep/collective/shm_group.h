@@ -3,29 +3,37 @@
 //
 // A collective has two meetings at least. At the first, everybody's input is in place and its
 // position known; then each rank reads what it needs and writes what it owns; after the second,
-// every rank may use its result and change its input. Memory outside the arenas passes through a
-// staging buffer in chunks, each with meetings of its own. What an operation stages follows from
+// every rank may use its result and change its input. What fits into the announcement needs the
+// first alone, and so does what is copied for the others beforehand: a rank may be one operation
+// ahead of its readers, so they have two places in turn. Memory outside the arenas passes through
+// a staging buffer in chunks, each with meetings of its own. What an operation stages follows from
 // the positions that all ranks announced, so all ranks take the same path.
 //
 // Files: shm_group.cc (joining, splitting), shm_reduce.cc (all_reduce, tree_all_reduce),
-// shm_partial_reduce.cc (reduce, reduce_scatter), shm_exchange.cc (what only copies),
-// shm_point_to_point.cc (send, recv).
+// shm_partial_reduce.cc (reduce, reduce_scatter), shm_staged_reduce.cc (all of them outside the
+// arenas), shm_exchange.cc (what only copies), shm_point_to_point.cc (send, recv).
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "lockstep/base/error.h"
 #include "lockstep/collective/group.h"
 #include "lockstep/collective/reduce.h"
 #include "lockstep/collective/rendezvous.h"
+#include "lockstep/memory/control_block.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
 
 inline constexpr std::size_t kStagingBytes = 4 << 20;
+// all_reduce of no more bytes, over all ranks, is copied for all to read whole, which is cheaper
+// than a second meeting: of memory in the arenas, and of any other.
+inline constexpr std::size_t kFlatArenaBytes = 8 << 10, kFlatBytes = 32 << 10;
+static_assert(kFlatBytes / 2 <= kSharedInputBytes);
 inline constexpr std::size_t kCacheLine = 64;
 
 // What a rank reserved in its arena; given back at the end, last first.
@@ -110,7 +118,8 @@ class ShmGroup final : public Group {
   std::unique_ptr<Group> split(int color, int key, const CallOptions& options) override;
 
  private:
-  using Pointers = std::vector<std::byte*>;  // by rank
+  using Inputs = std::vector<const std::byte*>;  // by rank
+  using Pointers = std::vector<std::byte*>;      // by rank
 
   // What this rank is to have of another's input.
   struct Piece {
@@ -121,20 +130,21 @@ class ShmGroup final : public Group {
   // Every rank reads piece_of(source) from each rank's input, which is in its arena or passes
   // through its staging buffer.
   template <typename PieceOf>
-  void exchange(Call call, std::span<const std::byte> input, const CallOptions& options,
+  void exchange(const Call& call, std::span<const std::byte> input, const CallOptions& options,
                 PieceOf&& piece_of);
   void copy_pieces(const std::vector<CallWords>& calls, std::span<const std::byte> input,
                    std::uint64_t offset, const std::vector<Piece>& pieces) const;
   // The body of a send or recv, with run()'s treatment of errors.
   template <typename Body>
-  void run_message(int peer, Call call, const CallOptions& options, std::uint64_t bytes,
+  void run_message(int peer, const Call& call, const CallOptions& options, std::uint64_t bytes,
                    Body&& body);
 
   // One operation: announce and compare, then body(calls of all ranks). Whatever fails in between
   // ends the group.
   template <typename Body>
-  void run(Call call, const CallOptions& options, std::uint64_t bytes, Body&& body) {
-    const std::vector<CallWords>& calls = meeting_.begin(std::move(call), options);
+  void run(const Call& call, const CallOptions& options, std::uint64_t bytes, Body&& body,
+           std::span<const std::byte> payload = {}) {
+    const std::vector<CallWords>& calls = meeting_.begin(call, options, payload);
     try {
       body(calls);
     } catch (const CommError&) {
@@ -151,9 +161,9 @@ class ShmGroup final : public Group {
   std::uint64_t place_of(std::span<const std::byte> memory, std::size_t alignment) const;
   // The ranks' memory at the positions they announced, bytes_of(rank) long: checked. False if a
   // rank's is nowhere.
-  template <typename BytesOf>
+  template <typename BytesOf, typename Pointer>
   bool locate(const std::vector<CallWords>& calls, std::size_t word, std::size_t alignment,
-              BytesOf&& bytes_of, Pointers& pointers) const {
+              BytesOf&& bytes_of, std::vector<Pointer>& pointers) const {
     pointers.assign(size_, nullptr);
     for (int rank = 0; rank < size_; ++rank) {
       const std::uint64_t place = calls[rank][word];
@@ -169,21 +179,21 @@ class ShmGroup final : public Group {
     if (input.empty()) return;
     std::memcpy(staging_.data(), input.data(), std::min(input.size(), kStagingBytes));
   }
-  // Calls work(offset, bytes) for every chunk of `bytes`, once it is staged on all ranks that
-  // stage; `work` ends with a meeting. staged: the first chunk is staged everywhere already.
-  template <typename Work>
-  void in_chunks(std::span<const std::byte> input, bool stages, bool staged, Work&& work) {
-    for (std::size_t offset = 0; offset < input.size(); offset += kStagingBytes) {
-      const auto chunk = input.subspan(offset, std::min(kStagingBytes, input.size() - offset));
-      if (offset != 0 || !staged) {
-        if (stages) stage(chunk);
-        meeting_.meet();
-      }
-      work(offset, chunk.size());
-    }
-  }
+  // A reduction of memory outside the arenas, seen from this rank.
+  struct StagedSlices {
+    std::vector<std::span<const std::byte>> inputs = {};  // this rank's values of each owner's slice
+    std::byte* result = nullptr;         // where this rank's own slice goes; nullptr: nowhere
+    std::vector<std::byte*> copies = {};  // where each other owner's slice goes; empty: nowhere
+    bool anybody_copies = true;          // whether any rank has `copies`
+  };
+  void reduce_staged(const ReduceJob& job, const StagedSlices& slices);
+  // Elements [first, last) of `count`, which `owner` reduces: whole cache lines, so that no two
+  // ranks write to the same one.
+  std::pair<std::size_t, std::size_t> slice_of(int owner, std::size_t count, Dtype dtype) const;
+  // The same elements of `data` by owner, in bytes.
+  std::vector<std::span<std::byte>> slices_of(std::span<std::byte> data, Dtype dtype) const;
   // This rank's slice of `count` elements: the plan's value, written to all results.
-  void reduce_slice(const ReduceJob& job, const Pointers& slots, const Pointers& results,
+  void reduce_slice(const ReduceJob& job, const Inputs& slots, const Pointers& results,
                     std::size_t count);
 
   const std::shared_ptr<Segment> segment_;
@@ -197,10 +207,13 @@ class ShmGroup final : public Group {
   Rendezvous meeting_;
   const Tree own_tree_;         // all_reduce: one virtual rank a rank
   std::unique_ptr<Tree> tree_;  // tree_all_reduce: the last layout's
+  std::uint64_t* counts(int rank) const {
+    return reinterpret_cast<std::uint64_t*>(stagings_[rank] + kStagingBytes);
+  }
   // kStagingBytes, followed by this rank's counts of all_to_all_uneven.
   std::span<std::byte> staging_;
   Pointers stagings_;
-  Pointers slots_;    // scratch of one operation
+  Inputs slots_;      // scratch of one operation
   Pointers results_;  // scratch of one operation
   Reducer reducer_;
 };

@@ -21,16 +21,19 @@ void ShmGroup::reduce(std::span<std::byte> data, Dtype dtype, Reduction reductio
   run(call, options, data.size(), [&](const auto& calls) {
     if (data.empty()) return;
     if (locate(
-            calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); }, slots_)) {
-      reduce_slice(job, slots_, {slots_[root]}, count);
+            calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); }, results_)) {
+      slots_.assign(results_.begin(), results_.end());
+      reduce_slice(job, slots_, {results_[root]}, count);
       meeting_.meet();
       return;
     }
-    in_chunks(data, true, false, [&](std::size_t offset, std::size_t bytes) {
-      reduce_slice(job, stagings_, {stagings_[root]}, bytes / size_of(dtype));
-      meeting_.meet();
-      if (rank_ == root) std::memcpy(data.data() + offset, staging_.data(), bytes);
-    });
+    const auto slices = slices_of(data, dtype);
+    StagedSlices staged{.inputs = {slices.begin(), slices.end()}};
+    if (rank_ == root) {
+      staged.result = slices[rank_].data();
+      for (const auto slice : slices) staged.copies.push_back(slice.data());
+    }
+    reduce_staged(job, staged);
   });
 }
 
@@ -50,27 +53,18 @@ void ShmGroup::reduce_scatter(std::span<const std::byte> input, std::span<std::b
                   .place = place_of(input, size_of(dtype))};
   run(call, options, input.size(), [&](const auto& calls) {
     if (output.empty()) return;
-    // Elements [0, n) of `output`, which the ranks' memory has from `skip` bytes on.
-    const auto reduce_part = [&](std::size_t skip, std::size_t n, std::byte* to) {
-      for (std::byte*& slot : slots_) slot += skip;
-      results_.assign(1, to);
-      reducer_.run(job, slots_, results_, 0, n);
-      meeting_.meet();
-    };
     if (locate(
-            calls, kPlaceWord, size_of(dtype), [&](int) { return input.size(); }, slots_))
-      return reduce_part(rank_ * output.size(), count, output.data());
-    // A chunk holds the same elements of every rank's part.
-    const std::size_t room = kStagingBytes / size_ / kCacheLine * kCacheLine;
-    for (std::size_t offset = 0; offset < output.size(); offset += room) {
-      const std::size_t bytes = std::min(room, output.size() - offset);
-      for (int part = 0; part < size_; ++part)
-        std::memcpy(staging_.data() + part * room, input.data() + part * output.size() + offset,
-                    bytes);
+            calls, kPlaceWord, size_of(dtype), [&](int) { return input.size(); }, slots_)) {
+      for (const std::byte*& slot : slots_) slot += rank_ * output.size();
+      results_.assign(1, output.data());
+      reducer_.run(job, slots_, results_, 0, count);
       meeting_.meet();
-      slots_ = stagings_;
-      reduce_part(rank_ * room, bytes / size_of(dtype), output.data() + offset);
+      return;
     }
+    StagedSlices staged{.result = output.data(), .anybody_copies = false};
+    for (int owner = 0; owner < size_; ++owner)
+      staged.inputs.push_back(input.subspan(owner * output.size(), output.size()));
+    reduce_staged(job, staged);
   });
 }
 

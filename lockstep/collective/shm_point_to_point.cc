@@ -14,9 +14,9 @@ std::uint64_t chunks_of(std::size_t bytes) {
 }  // namespace
 
 template <typename Body>
-void ShmGroup::run_message(int peer, Call call, const CallOptions& options, std::uint64_t bytes,
+void ShmGroup::run_message(int peer, const Call& call, const CallOptions& options, std::uint64_t bytes,
                            Body&& body) {
-  const CallWords sent = meeting_.begin_message(peer, std::move(call), options);
+  const CallWords sent = meeting_.begin_message(peer, call, options);
   try {
     body(sent[kPlaceWord]);
   } catch (const CommError&) {

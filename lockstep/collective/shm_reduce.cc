@@ -13,47 +13,74 @@ Tree::Tree(TreeLayout of) : layout(std::move(of)) {
   plan = plan_combination(layout.runs, layout.virtual_ranks);
 }
 
-void ShmGroup::reduce_slice(const ReduceJob& job, const Pointers& slots, const Pointers& results,
-                            std::size_t count) {
-  // Whole cache lines, so that no two ranks write to the same one.
-  const std::size_t line = kCacheLine / size_of(job.dtype);
+std::pair<std::size_t, std::size_t> ShmGroup::slice_of(int owner, std::size_t count,
+                                                       Dtype dtype) const {
+  const std::size_t line = kCacheLine / size_of(dtype);
   const std::size_t share = (count + size_ - 1) / size_;
   const std::size_t slice = (share + line - 1) / line * line;
-  const std::size_t first = std::min(count, rank_ * slice);
-  reducer_.run(job, slots, results, first, std::min(count, first + slice));
+  const std::size_t first = std::min(count, owner * slice);
+  return {first, std::min(count, first + slice)};
 }
 
+void ShmGroup::reduce_slice(const ReduceJob& job, const Inputs& slots, const Pointers& results,
+                            std::size_t count) {
+  const auto [first, last] = slice_of(rank_, count, job.dtype);
+  reducer_.run(job, slots, results, first, last);
+}
+
+// Three ways. A few bytes travel in the announcement; a few more, and few enough that reading them
+// all costs less than a second meeting, in a copy; else every rank reduces a slice for all.
 void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction,
                           const CallOptions& options) {
   const std::uint64_t count = count_elements(data, dtype, Operation::all_reduce);
-  const std::uint64_t place = place_of(data, size_of(dtype));
-  if (place == kNowhere) stage(data);
   const ReduceJob job{.plan = own_tree_.plan,
                       .dtype = dtype,
                       .reduction = reduction,
                       .round_once = true,
                       .slot_bytes = 0};
-  const Call call{.operation = Operation::all_reduce,
-                  .dtype = dtype,
-                  .reduction = reduction,
-                  .count = count,
-                  .place = place};
+  Call call{.operation = Operation::all_reduce, .dtype = dtype, .reduction = reduction};
+  call.count = count;
+  slots_.resize(size_);
+  results_.assign(1, data.data());
+  if (data.size() <= kPayloadBytes) {
+    run(
+        call, options, data.size(),
+        [&](const auto& calls) {
+          for (int rank = 0; rank < size_; ++rank)
+            slots_[rank] = reinterpret_cast<const std::byte*>(&calls[rank][kPayloadWord]);
+          reducer_.run(job, slots_, results_, 0, count);
+        },
+        data);
+    return;
+  }
+  call.place = place_of(data, size_of(dtype));
+  const std::size_t all_bytes = data.size() * static_cast<std::size_t>(size_);
+  const bool copies = all_bytes <= kFlatArenaBytes ||
+                      (call.place == kNowhere && all_bytes <= kFlatBytes);
+  const std::uint64_t sequence = meeting_.next_sequence();
+  if (copies) {
+    std::memcpy(meeting_.input_of(rank_, sequence), data.data(), data.size());
+    call.place = kNowhere;
+  }
   run(call, options, data.size(), [&](const auto& calls) {
-    if (data.empty()) return;
-    if (locate(
-            calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); }, slots_)) {
-      reduce_slice(job, slots_, slots_, count);
+    if (all_bytes <= kFlatBytes && std::ranges::all_of(calls, [](const CallWords& words) {
+          return words[kPlaceWord] == kNowhere;
+        })) {
+      for (int rank = 0; rank < size_; ++rank) slots_[rank] = meeting_.input_of(rank, sequence);
+      reducer_.run(job, slots_, results_, 0, count);
+    } else if (locate(
+                   calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); },
+                   results_)) {
+      slots_.assign(results_.begin(), results_.end());
+      reduce_slice(job, slots_, results_, count);
       meeting_.meet();
-      return;
+    } else {
+      const auto slices = slices_of(data, dtype);
+      StagedSlices staged{.inputs = {slices.begin(), slices.end()},
+                          .result = slices[rank_].data()};
+      for (const auto slice : slices) staged.copies.push_back(slice.data());
+      reduce_staged(job, staged);
     }
-    const bool staged = std::all_of(calls.begin(), calls.end(), [](const CallWords& words) {
-      return words[kPlaceWord] == kNowhere;
-    });
-    in_chunks(data, true, staged, [&](std::size_t offset, std::size_t bytes) {
-      reduce_slice(job, stagings_, stagings_, bytes / size_of(dtype));
-      meeting_.meet();
-      std::memcpy(data.data() + offset, staging_.data(), bytes);
-    });
   });
 }
 

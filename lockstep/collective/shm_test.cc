@@ -266,10 +266,8 @@ TEST(ShmHostileTest, PlacesThatARankNamesAreChecked) {
                                     std::uint64_t{1} << 40, std::uint64_t{2 << 20} + 1}) {
     auto segment = make_segment(2, 16 << 20);
     auto& block = segment->control(1);
-    const CallWords words =
-        pack({.operation = Operation::join, .started_at_ns = 1, .place = place});
-    for (std::size_t i = 0; i < words.size(); ++i) block.calls[0].words[i].store(words[i]);
-    block.phase.store(1);
+    const CallWords words = pack({.operation = Operation::join, .place = place});
+    for (std::size_t i = words.size(); i-- > 0;) block.calls[0].words[i].store(words[i]);
     EXPECT_THAT(error_of([&] { make_shm_group(segment, 0, {.timeout = 60s}); }),
                 AllOf(HasSubstr("join()"),
                       ::testing::AnyOf(HasSubstr("outside its arena"), HasSubstr("misaligned"))))
@@ -280,18 +278,19 @@ TEST(ShmHostileTest, PlacesThatARankNamesAreChecked) {
 TEST(ShmHostileTest, NonsenseInAControlBlockIsShownNotTrusted) {
   auto segment = make_segment(2, 16 << 20);
   auto& block = segment->control(1);
-  for (auto& record : block.calls)
-    for (auto& word : record.words) word.store(~std::uint64_t{0});
+  for (auto& line : block.calls)
+    for (std::size_t i = 1; i < line.words.size(); ++i) line.words[i].store(~std::uint64_t{0});
   block.joined.store(1);
   block.pid.store(-1);
   segment->failed_word().store(1 << 16 | 0xffff);  // a rank that does not exist
   EXPECT_THAT(error_of([&] { make_shm_group(segment, 0, {.timeout = 60s}); }),
               HasSubstr("rank 1 died"));
-  EXPECT_EQ(describe(unpack(pack({.operation = static_cast<Operation>(99),
-                                  .dtype = static_cast<Dtype>(99),
-                                  .reduction = static_cast<Reduction>(99),
-                                  .count = 3,
-                                  .tag = "a\nb"}))),
+  Call nonsense = unpack(pack({.operation = static_cast<Operation>(99),
+                               .dtype = static_cast<Dtype>(99),
+                               .reduction = static_cast<Reduction>(99),
+                               .count = 3}));
+  nonsense.tag = "a\nb";
+  EXPECT_EQ(describe(nonsense),
             "unknown operation(unknown dtype × 3, tag 'a?b')");
 }
 

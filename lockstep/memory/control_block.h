@@ -1,8 +1,7 @@
 // What one rank shows the others, in shared memory: how far it is, what it is doing, who it is.
 // Every field is an atomic, because another process may read it at any time, and every reader
 // treats what it finds as input. Written by its rank alone, except `waiters`,
-// `bell` and `message_taken`. All zero
-// until its rank has joined a group.
+// `bell` and `message_taken`. All zero until its rank has joined a group.
 #pragma once
 
 #include <algorithm>
@@ -41,30 +40,40 @@ class SharedText {
   std::array<std::atomic<char>, Capacity> bytes_;
 };
 
-// A call as its rank announced it; the words' meaning is the collective layer's.
-struct alignas(64) CallRecord {
-  std::array<std::atomic<std::uint64_t>, 16> words;
+// A call as its rank announced it; the words' meaning is the collective layer's. Word 0 is written
+// last, grows, and says that the others are there.
+struct alignas(64) CallLine {
+  std::array<std::atomic<std::uint64_t>, 8> words;
 };
 
-struct alignas(64) ControlBlock {
-  // How many rendezvous this rank has reached: the generation in the upper bits, so that the word
-  // only ever grows.
-  std::atomic<std::uint64_t> phase;
-  std::atomic<std::uint32_t> waiters;  // how many sleep on `bell`
-  std::atomic<std::uint32_t> bell;     // changes when sleepers must look again
+inline constexpr std::size_t kSharedInputBytes = 16 << 10;
 
-  alignas(64) std::atomic<std::uint64_t> operations;  // calls completed in this generation
-  std::atomic<std::int64_t> completed_at_ns;          // when the last of them was; monotonic clock
-  std::atomic<std::uint64_t> joined;                  // generation + 1
-  std::atomic<std::uint64_t> left;                    // generation + 1, once its group is gone
+struct alignas(64) ControlBlock {
+  // Call n is in n % 2: a rank may be one call ahead of its readers.
+  CallLine calls[2];
+  // A copy of a small call's input, likewise. Here, not in the arena: its rank may have left the
+  // group when others read it.
+  struct alignas(64) {
+    std::byte bytes[kSharedInputBytes];
+  } inputs[2];
+
+  // How many further meetings within calls this rank has reached: the generation in the upper
+  // bits, so that the word only ever grows.
+  alignas(64) std::atomic<std::uint64_t> phase;
+
+  alignas(64) std::atomic<std::uint32_t> waiters;  // how many sleep on `bell`
+  std::atomic<std::uint32_t> bell;                 // changes when sleepers must look again
+
+  alignas(64) std::atomic<std::uint64_t> joined;  // generation + 1
+  std::atomic<std::uint64_t> left;                // generation + 1, once its group is gone
   std::atomic<std::int32_t> pid;
+  std::atomic<std::uint32_t> expedites;      // whether the others' membarrier() reaches it
   std::atomic<std::uint64_t> process_start;  // in clock ticks since boot: tells a reused pid
   std::atomic<std::uint64_t> arena_used;
-
-  CallRecord calls[2];  // call n is in n % 2: a rank may be one call ahead of its readers
+  std::array<std::atomic<std::uint64_t>, 16> cores;  // those that it may run on, a bit each
 
   // A message to or from one other rank, while this rank is in such a call.
-  CallRecord message;
+  CallLine message;
   std::atomic<std::uint64_t> message_turn;    // who it is with and its number; 0: no message
   std::atomic<std::uint64_t> message_staged;  // sender: how many chunks can be read
   alignas(64) std::atomic<std::uint64_t> message_taken;  // and were; the receiver writes it here

@@ -31,9 +31,15 @@ struct alignas(64) FlightRecorder {
   std::array<OperationRecord, kRecordedOperations> records;
 };
 
-// Opens the next record; its serial. A few stores.
-inline std::uint64_t open_record(FlightRecorder& recorder, const OperationWords& words) {
-  const std::uint64_t serial = recorder.opened.fetch_add(1, std::memory_order_relaxed) + 1;
+// The serial of the next record, which is the caller's. Apart from open_record(), because a locked
+// instruction waits for every store before it: not between an announcement and its answer.
+inline std::uint64_t claim_record(FlightRecorder& recorder) {
+  return recorder.opened.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
+// A few stores.
+inline void open_record(FlightRecorder& recorder, std::uint64_t serial,
+                        const OperationWords& words) {
   OperationRecord& record = recorder.records[serial % kRecordedOperations];
   // A reader that sees any of the new fields sees this zero too, or the new serial.
   record.serial.store(0, std::memory_order_relaxed);
@@ -41,7 +47,6 @@ inline std::uint64_t open_record(FlightRecorder& recorder, const OperationWords&
   for (std::size_t i = 0; i < words.size(); ++i)
     record.words[i].store(words[i], std::memory_order_release);
   record.serial.store(serial, std::memory_order_release);
-  return serial;
 }
 
 inline void close_record(FlightRecorder& recorder, std::uint64_t serial, std::int64_t ended_at_ns,

@@ -9,7 +9,11 @@ namespace {
 
 class FlightRecorderTest : public ::testing::Test {
  protected:
-  std::uint64_t add(std::uint64_t word) { return open_record(*recorder_, {word}); }
+  std::uint64_t add(std::uint64_t word) {
+    const std::uint64_t serial = claim_record(*recorder_);
+    open_record(*recorder_, serial, {word});
+    return serial;
+  }
   std::unique_ptr<FlightRecorder> recorder_ = std::make_unique<FlightRecorder>();
 };
 
