@@ -105,7 +105,6 @@ class Rendezvous {
   // After the announcement, while the others' are on their way.
   void record_begin(const CallWords& call, const CallOptions& options);
   void record_end(Clock::time_point now, OperationState state);
-  void count(Clock::time_point now, std::uint64_t bytes);
   // Makes those look again who wait for this rank.
   void announce();
   void await_all();
@@ -149,6 +148,8 @@ class Rendezvous {
 
   Call call_;  // the operation that is open or was last
   Clock::time_point began_{};
+  std::uint64_t began_ticks_ = 0;
+  double ns_per_tick_ = 0;
   Deadline deadline_ = Deadline::never();
   std::vector<CallWords> calls_;
   std::string over_;  // the message that ended the group

@@ -37,7 +37,8 @@ ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options)
       meeting_(std::move(members), rank, options),
       own_tree_(one_each(size_)),
       staging_(memory_.allocate(kStagingBytes + size_ * sizeof(std::uint64_t),
-                                "the staging buffer of a rank")) {
+                                "the staging buffer of a rank")),
+      slots_(size_) {
   run({.operation = Operation::join, .place = place_of(staging_, kCacheLine)}, {}, 0,
       [&](const auto& calls) {
         if (!locate(

@@ -29,12 +29,12 @@
 
 namespace lockstep {
 
+inline constexpr std::size_t kCacheLine = 64;
 inline constexpr std::size_t kStagingBytes = 4 << 20;
 // all_reduce of no more bytes, over all ranks, is copied for all to read whole, which is cheaper
-// than a second meeting: of memory in the arenas, and of any other.
-inline constexpr std::size_t kFlatArenaBytes = 8 << 10, kFlatBytes = 32 << 10;
-static_assert(kFlatBytes / 2 <= kSharedInputBytes);
-inline constexpr std::size_t kCacheLine = 64;
+// than a second meeting; more so where ranks sleep at meetings.
+inline constexpr std::size_t kFlatBytes = 2 << 10, kFlatBytesAsleep = 16 << 10;
+static_assert(kFlatBytesAsleep <= kSharedInputBytes);
 
 // What a rank reserved in its arena; given back at the end, last first.
 class ArenaMemory {
@@ -187,6 +187,9 @@ class ShmGroup final : public Group {
     bool anybody_copies = true;          // whether any rank has `copies`
   };
   void reduce_staged(const ReduceJob& job, const StagedSlices& slices);
+  // all_reduce of what every rank has copied into its control block.
+  void reduce_copies(const ReduceJob& job, std::span<std::byte> data, std::uint64_t sequence,
+                     bool is_flat);
   // Elements [first, last) of `count`, which `owner` reduces: whole cache lines, so that no two
   // ranks write to the same one.
   std::pair<std::size_t, std::size_t> slice_of(int owner, std::size_t count, Dtype dtype) const;
@@ -213,7 +216,7 @@ class ShmGroup final : public Group {
   // kStagingBytes, followed by this rank's counts of all_to_all_uneven.
   std::span<std::byte> staging_;
   Pointers stagings_;
-  Inputs slots_;      // scratch of one operation
+  Inputs slots_;      // scratch of one operation, of the group's size
   Pointers results_;  // scratch of one operation
   Reducer reducer_;
 };

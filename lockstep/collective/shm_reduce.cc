@@ -28,8 +28,9 @@ void ShmGroup::reduce_slice(const ReduceJob& job, const Inputs& slots, const Poi
   reducer_.run(job, slots, results, first, last);
 }
 
-// Three ways. A few bytes travel in the announcement; a few more, and few enough that reading them
-// all costs less than a second meeting, in a copy; else every rank reduces a slice for all.
+// A few bytes travel in the announcement. Else the owner of a slice reduces it for all: in place in
+// the arenas, in copies of small inputs, or chunk by chunk. Copies so small that reading them all
+// costs less than a second meeting are read by all.
 void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction,
                           const CallOptions& options) {
   const std::uint64_t count = count_elements(data, dtype, Operation::all_reduce);
@@ -40,7 +41,6 @@ void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction redu
                       .slot_bytes = 0};
   Call call{.operation = Operation::all_reduce, .dtype = dtype, .reduction = reduction};
   call.count = count;
-  slots_.resize(size_);
   results_.assign(1, data.data());
   if (data.size() <= kPayloadBytes) {
     run(
@@ -53,27 +53,23 @@ void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction redu
         data);
     return;
   }
-  call.place = place_of(data, size_of(dtype));
-  const std::size_t all_bytes = data.size() * static_cast<std::size_t>(size_);
-  const bool copies = all_bytes <= kFlatArenaBytes ||
-                      (call.place == kNowhere && all_bytes <= kFlatBytes);
   const std::uint64_t sequence = meeting_.next_sequence();
-  if (copies) {
+  const bool is_flat =
+      data.size() * size_ <= (meeting_.may_spin() ? kFlatBytes : kFlatBytesAsleep);
+  call.place = is_flat ? kNowhere : place_of(data, size_of(dtype));
+  if (call.place == kNowhere && data.size() <= kSharedInputBytes)
     std::memcpy(meeting_.input_of(rank_, sequence), data.data(), data.size());
-    call.place = kNowhere;
-  }
   run(call, options, data.size(), [&](const auto& calls) {
-    if (all_bytes <= kFlatBytes && std::ranges::all_of(calls, [](const CallWords& words) {
-          return words[kPlaceWord] == kNowhere;
-        })) {
-      for (int rank = 0; rank < size_; ++rank) slots_[rank] = meeting_.input_of(rank, sequence);
-      reducer_.run(job, slots_, results_, 0, count);
-    } else if (locate(
-                   calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); },
-                   results_)) {
+    if (locate(
+            calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); }, results_)) {
       slots_.assign(results_.begin(), results_.end());
       reduce_slice(job, slots_, results_, count);
       meeting_.meet();
+    } else if (data.size() <= kSharedInputBytes &&
+               std::ranges::all_of(calls, [](const auto& words) {
+                 return words[kPlaceWord] == kNowhere;
+               })) {
+      reduce_copies(job, data, sequence, is_flat);
     } else {
       const auto slices = slices_of(data, dtype);
       StagedSlices staged{.inputs = {slices.begin(), slices.end()},
@@ -82,6 +78,24 @@ void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction redu
       reduce_staged(job, staged);
     }
   });
+}
+
+void ShmGroup::reduce_copies(const ReduceJob& job, std::span<std::byte> data,
+                             std::uint64_t sequence, bool is_flat) {
+  const std::size_t count = data.size() / size_of(job.dtype);
+  results_.assign(1, data.data());
+  for (int rank = 0; rank < size_; ++rank) slots_[rank] = meeting_.input_of(rank, sequence);
+  if (is_flat) return reducer_.run(job, slots_, results_, 0, count);
+  // The owner's copy of its own slice is where the others find the result.
+  results_.push_back(meeting_.input_of(rank_, sequence));
+  reduce_slice(job, slots_, results_, count);
+  meeting_.meet();
+  const auto slices = slices_of(data, job.dtype);
+  for (int owner = 0; owner < size_; ++owner)
+    if (owner != rank_ && !slices[owner].empty())
+      std::memcpy(slices[owner].data(),
+                  meeting_.input_of(owner, sequence) + (slices[owner].data() - data.data()),
+                  slices[owner].size());
 }
 
 void ShmGroup::tree_all_reduce(std::span<std::byte> slots, std::span<std::byte> result, Dtype dtype,

@@ -50,7 +50,6 @@ void ShmGroup::reduce_staged(const ReduceJob& job, const StagedSlices& slices) {
           std::memcpy(brought(rank_, step, owner), mine.data(), mine.size());
     if (const std::size_t number = step - 1; step >= 1 && number < chunks) {
       const auto mine = part(rank_, number);
-      slots_.resize(ranks);
       for (int rank = 0; rank < size_; ++rank)
         slots_[rank] = rank == rank_ ? mine.data() : brought(rank, number, rank_);
       results_.clear();
