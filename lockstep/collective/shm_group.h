@@ -32,8 +32,9 @@ namespace lockstep {
 inline constexpr std::size_t kCacheLine = 64;
 inline constexpr std::size_t kStagingBytes = 4 << 20;
 // all_reduce of no more bytes, over all ranks, is copied for all to read whole, which is cheaper
-// than a second meeting; more so where ranks sleep at meetings.
-inline constexpr std::size_t kFlatBytes = 2 << 10, kFlatBytesAsleep = 16 << 10;
+// than a second meeting; also of memory in the arenas; where ranks sleep at meetings.
+inline constexpr std::size_t kFlatBytes = 8 << 10, kFlatArenaBytes = 2 << 10;
+inline constexpr std::size_t kFlatBytesAsleep = 16 << 10;
 static_assert(kFlatBytesAsleep <= kSharedInputBytes);
 
 // What a rank reserved in its arena; given back at the end, last first.

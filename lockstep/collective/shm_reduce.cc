@@ -54,11 +54,18 @@ void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction redu
     return;
   }
   const std::uint64_t sequence = meeting_.next_sequence();
-  const bool is_flat =
-      data.size() * size_ <= (meeting_.may_spin() ? kFlatBytes : kFlatBytesAsleep);
-  call.place = is_flat ? kNowhere : place_of(data, size_of(dtype));
-  if (call.place == kNowhere && data.size() <= kSharedInputBytes)
-    std::memcpy(meeting_.input_of(rank_, sequence), data.data(), data.size());
+  const std::size_t all_bytes = data.size() * static_cast<std::size_t>(size_);
+  const bool sleeps = !meeting_.may_spin();
+  const bool is_flat = all_bytes <= (sleeps ? kFlatBytesAsleep : kFlatBytes);
+  const bool leaves_arena = all_bytes <= (sleeps ? kFlatBytesAsleep : kFlatArenaBytes);
+  call.place = leaves_arena ? kNowhere : place_of(data, size_of(dtype));
+  if (call.place == kNowhere && data.size() <= kSharedInputBytes) {
+    std::byte* const copy = meeting_.input_of(rank_, sequence);
+    const auto [first, last] = slice_of(rank_, is_flat ? 0 : count, dtype);
+    const std::size_t own = first * size_of(dtype), behind = last * size_of(dtype);
+    std::memcpy(copy, data.data(), own);
+    std::memcpy(copy + behind, data.data() + behind, data.size() - behind);
+  }
   run(call, options, data.size(), [&](const auto& calls) {
     if (locate(
             calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); }, results_)) {
@@ -86,7 +93,8 @@ void ShmGroup::reduce_copies(const ReduceJob& job, std::span<std::byte> data,
   results_.assign(1, data.data());
   for (int rank = 0; rank < size_; ++rank) slots_[rank] = meeting_.input_of(rank, sequence);
   if (is_flat) return reducer_.run(job, slots_, results_, 0, count);
-  // The owner's copy of its own slice is where the others find the result.
+  // Nobody has copied its own slice: where it would be, the others find the result.
+  slots_[rank_] = data.data();
   results_.push_back(meeting_.input_of(rank_, sequence));
   reduce_slice(job, slots_, results_, count);
   meeting_.meet();
