@@ -52,8 +52,7 @@ std::string_view name_of(Reduction reduction) {
 
 CallWords pack(const Call& call) {
   return {ticket_of(call.generation, call.sequence),
-          static_cast<std::uint64_t>(call.operation) |
-              static_cast<std::uint64_t>(call.dtype) << 8 |
+          static_cast<std::uint64_t>(call.operation) | static_cast<std::uint64_t>(call.dtype) << 8 |
               static_cast<std::uint64_t>(call.reduction) << 16 |
               static_cast<std::uint64_t>(call.payload) << 24 |
               static_cast<std::uint64_t>(static_cast<std::uint16_t>(call.root)) << 32 |
@@ -198,8 +197,8 @@ void check_layout(const TreeLayout& layout, int size) {
     next = run.hi;
   }
   if (next > kMaxVirtualRanks)
-    throw ConfigError(fmt::format("tree_all_reduce: {} virtual ranks are more than {}", next,
-                                  kMaxVirtualRanks));
+    throw ConfigError(
+        fmt::format("tree_all_reduce: {} virtual ranks are more than {}", next, kMaxVirtualRanks));
   if (next != layout.virtual_ranks || next < 1)
     throw ConfigError(fmt::format("tree_all_reduce: the runs cover {} of {} virtual ranks", next,
                                   layout.virtual_ranks));

@@ -46,8 +46,8 @@ class Tag {
   static constexpr std::size_t kBytes = 32;
   Tag() = default;
   template <typename Text>
-    requires std::convertible_to<const Text&, std::string_view>
-  Tag(const Text& text) : Tag(std::string_view(text), 0) {}
+  requires std::convertible_to<const Text&, std::string_view> Tag(const Text& text)
+      : Tag(std::string_view(text), 0) {}
   std::string_view view() const {
     return {bytes_.data(), static_cast<std::size_t>(std::ranges::find(bytes_, 0) - bytes_.begin())};
   }

@@ -22,7 +22,7 @@ struct RecordedOperation {
   std::uint64_t serial = 0;  // of the rank, over all its groups, from 1
   Call call;                 // places are not kept
   std::int64_t started_at_ns = 0;
-  std::string group = {};    // cut to 16 bytes; "": the group of all
+  std::string group = {};  // cut to 16 bytes; "": the group of all
   OperationState state = OperationState::open;
   std::int64_t ended_at_ns = 0;       // 0 while open; monotonic clock
   std::chrono::nanoseconds waited{};  // of that: for other ranks; 0 while open

@@ -40,11 +40,10 @@ int number_of(const Cores& cores) {
   return sum;
 }
 
-int membarrier(int command) {
-  return static_cast<int>(::syscall(SYS_membarrier, command, 0, 0));
-}
+int membarrier(int command) { return static_cast<int>(::syscall(SYS_membarrier, command, 0, 0)); }
 
-// A third of what the clock costs, which a call of a tenth of a microsecond feels. 0: there is none.
+// A third of what the clock costs, which a call of a tenth of a microsecond feels. 0: there is
+// none.
 std::uint64_t ticks() {
 #if defined(__x86_64__)
   return __builtin_ia32_rdtsc();
@@ -128,8 +127,8 @@ void Rendezvous::agree_on_waiting() {
   }
   may_spin_ = size_ <= number_of(all);
   if (const std::uint64_t passed = ticks() - began_ticks_; passed != 0)
-    ns_per_tick_ = static_cast<double>((Clock::now() - began_).count()) /
-                   static_cast<double>(passed);
+    ns_per_tick_ =
+        static_cast<double>((Clock::now() - began_).count()) / static_cast<double>(passed);
   sleepers_fence_ &= may_spin_;  // else nearly everybody sleeps, and a fence is cheaper
 }
 
@@ -210,11 +209,10 @@ void Rendezvous::await_all() {
 
 void Rendezvous::end(std::uint64_t bytes) {
   const std::uint64_t passed = ticks() - began_ticks_;
-  const Clock::time_point now =
-      passed < kFewTicks && ns_per_tick_ > 0
-          ? began_ + std::chrono::nanoseconds(
-                         static_cast<std::int64_t>(static_cast<double>(passed) * ns_per_tick_))
-          : Clock::now();
+  const Clock::time_point now = passed < kFewTicks && ns_per_tick_ > 0
+                                    ? began_ + std::chrono::nanoseconds(static_cast<std::int64_t>(
+                                                   static_cast<double>(passed) * ns_per_tick_))
+                                    : Clock::now();
   ++statistics_.operations;
   statistics_.bytes += bytes;
   statistics_.total += now - began_;

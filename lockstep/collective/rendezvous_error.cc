@@ -113,8 +113,8 @@ void Rendezvous::fail_mismatch() {
 
 std::string Rendezvous::process_text(const ControlBlock& block) {
   const int pid = block.pid.load();
-  const ProcessState state = pid == ::getpid() ? ProcessState::running
-                                               : process_state(pid, block.process_start.load());
+  const ProcessState state =
+      pid == ::getpid() ? ProcessState::running : process_state(pid, block.process_start.load());
   return fmt::format("pid {}, {}", pid, name_of(state));
 }
 

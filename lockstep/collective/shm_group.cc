@@ -35,6 +35,8 @@ ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options)
       on_records_(options.on_records),
       memory_(segment_, node_ranks_.at(rank)),
       meeting_(std::move(members), rank, options),
+      owner_writes_all_(plan_owner_writes_all(rank, size_)),
+      flat_(plan_flat(rank, size_)),
       own_tree_(one_each(size_)),
       staging_(memory_.allocate(kStagingBytes + size_ * sizeof(std::uint64_t),
                                 "the staging buffer of a rank")),
@@ -97,10 +99,9 @@ std::unique_ptr<Group> ShmGroup::split(int color, int key, const CallOptions& op
   if (color < 0) return nullptr;
   members.name = fmt::format("ranks {}", fmt::join(members.node_ranks, ","));
   const auto self = std::ranges::find(chosen, rank_, &Member::rank);
-  return std::make_unique<ShmGroup>(std::move(members), static_cast<int>(self - chosen.begin()),
-                                    GroupOptions{.generation = generation_,
-                                                 .timeout = timeout_,
-                                                 .on_records = on_records_});
+  return std::make_unique<ShmGroup>(
+      std::move(members), static_cast<int>(self - chosen.begin()),
+      GroupOptions{.generation = generation_, .timeout = timeout_, .on_records = on_records_});
 }
 
 std::unique_ptr<Group> make_shm_group(std::shared_ptr<Segment> segment, int rank,

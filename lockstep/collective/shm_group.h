@@ -17,11 +17,11 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "lockstep/base/error.h"
 #include "lockstep/collective/group.h"
+#include "lockstep/collective/plans.h"
 #include "lockstep/collective/reduce.h"
 #include "lockstep/collective/rendezvous.h"
 #include "lockstep/memory/control_block.h"
@@ -182,23 +182,32 @@ class ShmGroup final : public Group {
   }
   // A reduction of memory outside the arenas, seen from this rank.
   struct StagedSlices {
-    std::vector<std::span<const std::byte>> inputs = {};  // this rank's values of each owner's slice
-    std::byte* result = nullptr;         // where this rank's own slice goes; nullptr: nowhere
+    std::vector<std::span<const std::byte>> inputs =
+        {};                               // this rank's values of each owner's slice
+    std::byte* result = nullptr;          // where this rank's own slice goes; nullptr: nowhere
     std::vector<std::byte*> copies = {};  // where each other owner's slice goes; empty: nowhere
-    bool anybody_copies = true;          // whether any rank has `copies`
+    bool anybody_copies = true;           // whether any rank has `copies`
   };
   void reduce_staged(const ReduceJob& job, const StagedSlices& slices);
   // all_reduce of what every rank has copied into its control block.
   void reduce_copies(const ReduceJob& job, std::span<std::byte> data, std::uint64_t sequence,
                      bool is_flat);
-  // Elements [first, last) of `count`, which `owner` reduces: whole cache lines, so that no two
+  struct Slice {
+    std::size_t first = 0, last = 0;  // elements
+    std::size_t size() const { return last - first; }
+  };
+  // Of `count` elements cut into `of` chunks, those of `chunks`: whole cache lines, so that no two
   // ranks write to the same one.
-  std::pair<std::size_t, std::size_t> slice_of(int owner, std::size_t count, Dtype dtype) const;
-  // The same elements of `data` by owner, in bytes.
+  static Slice slice_of(ChunkRange chunks, int of, std::size_t count, Dtype dtype);
+  Slice own_slice(std::size_t count, Dtype dtype) const {
+    return slice_of({rank_, rank_ + 1}, size_, count, dtype);
+  }
+  // The ranks' slices of `data`, in bytes.
   std::vector<std::span<std::byte>> slices_of(std::span<std::byte> data, Dtype dtype) const;
-  // This rank's slice of `count` elements: the plan's value, written to all results.
-  void reduce_slice(const ReduceJob& job, const Inputs& slots, const Pointers& results,
-                    std::size_t count);
+  // The plan's steps after the first meeting, which the announcement was. `results`: where what
+  // this rank combines goes.
+  void execute(const Plan& plan, const ReduceJob& job, const Inputs& slots, const Pointers& results,
+               std::size_t count);
 
   const std::shared_ptr<Segment> segment_;
   const std::vector<int> node_ranks_;  // whose arena is whose: by rank
@@ -209,6 +218,8 @@ class ShmGroup final : public Group {
   const std::function<void()> on_records_;
   ArenaMemory memory_;
   Rendezvous meeting_;
+  const Plan owner_writes_all_;
+  const Plan flat_;
   const Tree own_tree_;         // all_reduce: one virtual rank a rank
   std::unique_ptr<Tree> tree_;  // tree_all_reduce: the last layout's
   std::uint64_t* counts(int rank) const {

@@ -23,8 +23,7 @@ void ShmGroup::reduce(std::span<std::byte> data, Dtype dtype, Reduction reductio
     if (locate(
             calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); }, results_)) {
       slots_.assign(results_.begin(), results_.end());
-      reduce_slice(job, slots_, {results_[root]}, count);
-      meeting_.meet();
+      execute(owner_writes_all_, job, slots_, {results_[root]}, count);
       return;
     }
     const auto slices = slices_of(data, dtype);

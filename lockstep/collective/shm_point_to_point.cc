@@ -14,8 +14,8 @@ std::uint64_t chunks_of(std::size_t bytes) {
 }  // namespace
 
 template <typename Body>
-void ShmGroup::run_message(int peer, const Call& call, const CallOptions& options, std::uint64_t bytes,
-                           Body&& body) {
+void ShmGroup::run_message(int peer, const Call& call, const CallOptions& options,
+                           std::uint64_t bytes, Body&& body) {
   const CallWords sent = meeting_.begin_message(peer, call, options);
   try {
     body(sent[kPlaceWord]);

@@ -13,19 +13,24 @@ Tree::Tree(TreeLayout of) : layout(std::move(of)) {
   plan = plan_combination(layout.runs, layout.virtual_ranks);
 }
 
-std::pair<std::size_t, std::size_t> ShmGroup::slice_of(int owner, std::size_t count,
-                                                       Dtype dtype) const {
+ShmGroup::Slice ShmGroup::slice_of(ChunkRange chunks, int of, std::size_t count, Dtype dtype) {
   const std::size_t line = kCacheLine / size_of(dtype);
-  const std::size_t share = (count + size_ - 1) / size_;
-  const std::size_t slice = (share + line - 1) / line * line;
-  const std::size_t first = std::min(count, owner * slice);
-  return {first, std::min(count, first + slice)};
+  const std::size_t share = (count + of - 1) / of;
+  const std::size_t chunk = (share + line - 1) / line * line;
+  return {std::min(count, chunks.first * chunk), std::min(count, chunks.last * chunk)};
 }
 
-void ShmGroup::reduce_slice(const ReduceJob& job, const Inputs& slots, const Pointers& results,
-                            std::size_t count) {
-  const auto [first, last] = slice_of(rank_, count, job.dtype);
-  reducer_.run(job, slots, results, first, last);
+void ShmGroup::execute(const Plan& plan, const ReduceJob& job, const Inputs& slots,
+                       const Pointers& results, std::size_t count) {
+  LOCKSTEP_CHECK(plan.canonical && plan.steps.front().kind == PlanStep::Kind::meet);
+  for (const PlanStep& step : std::span(plan.steps).subspan(1)) {
+    if (step.kind == PlanStep::Kind::meet) {
+      meeting_.meet();
+      continue;
+    }
+    const Slice slice = slice_of(step.combines, plan.chunks, count, job.dtype);
+    reducer_.run(job, slots, results, slice.first, slice.last);
+  }
 }
 
 // A few bytes travel in the announcement. Else the owner of a slice reduces it for all: in place in
@@ -61,8 +66,8 @@ void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction redu
   call.place = leaves_arena ? kNowhere : place_of(data, size_of(dtype));
   if (call.place == kNowhere && data.size() <= kSharedInputBytes) {
     std::byte* const copy = meeting_.input_of(rank_, sequence);
-    const auto [first, last] = slice_of(rank_, is_flat ? 0 : count, dtype);
-    const std::size_t own = first * size_of(dtype), behind = last * size_of(dtype);
+    const Slice slice = own_slice(is_flat ? 0 : count, dtype);
+    const std::size_t own = slice.first * size_of(dtype), behind = slice.last * size_of(dtype);
     std::memcpy(copy, data.data(), own);
     std::memcpy(copy + behind, data.data() + behind, data.size() - behind);
   }
@@ -70,17 +75,14 @@ void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction redu
     if (locate(
             calls, kPlaceWord, size_of(dtype), [&](int) { return data.size(); }, results_)) {
       slots_.assign(results_.begin(), results_.end());
-      reduce_slice(job, slots_, results_, count);
-      meeting_.meet();
+      execute(owner_writes_all_, job, slots_, results_, count);
     } else if (data.size() <= kSharedInputBytes &&
-               std::ranges::all_of(calls, [](const auto& words) {
-                 return words[kPlaceWord] == kNowhere;
-               })) {
+               std::ranges::all_of(
+                   calls, [](const auto& words) { return words[kPlaceWord] == kNowhere; })) {
       reduce_copies(job, data, sequence, is_flat);
     } else {
       const auto slices = slices_of(data, dtype);
-      StagedSlices staged{.inputs = {slices.begin(), slices.end()},
-                          .result = slices[rank_].data()};
+      StagedSlices staged{.inputs = {slices.begin(), slices.end()}, .result = slices[rank_].data()};
       for (const auto slice : slices) staged.copies.push_back(slice.data());
       reduce_staged(job, staged);
     }
@@ -92,12 +94,11 @@ void ShmGroup::reduce_copies(const ReduceJob& job, std::span<std::byte> data,
   const std::size_t count = data.size() / size_of(job.dtype);
   results_.assign(1, data.data());
   for (int rank = 0; rank < size_; ++rank) slots_[rank] = meeting_.input_of(rank, sequence);
-  if (is_flat) return reducer_.run(job, slots_, results_, 0, count);
+  if (is_flat) return execute(flat_, job, slots_, results_, count);
   // Nobody has copied its own slice: where it would be, the others find the result.
   slots_[rank_] = data.data();
   results_.push_back(meeting_.input_of(rank_, sequence));
-  reduce_slice(job, slots_, results_, count);
-  meeting_.meet();
+  execute(owner_writes_all_, job, slots_, results_, count);
   const auto slices = slices_of(data, job.dtype);
   for (int owner = 0; owner < size_; ++owner)
     if (owner != rank_ && !slices[owner].empty())
@@ -139,8 +140,7 @@ void ShmGroup::tree_all_reduce(std::span<std::byte> slots, std::span<std::byte> 
         !locate(
             calls, kResultPlaceWord, size_of(dtype), [&](int) { return result.size(); }, results_))
       throw Error("a rank announced memory outside its arena");
-    reduce_slice(job, slots_, results_, count);
-    meeting_.meet();
+    execute(owner_writes_all_, job, slots_, results_, count);
   });
 }
 

@@ -18,8 +18,8 @@ std::vector<std::span<std::byte>> ShmGroup::slices_of(std::span<std::byte> data,
   std::vector<std::span<std::byte>> slices;
   const std::size_t element = size_of(dtype);
   for (int owner = 0; owner < size_; ++owner) {
-    const auto [first, last] = slice_of(owner, data.size() / element, dtype);
-    slices.push_back(data.subspan(first * element, (last - first) * element));
+    const Slice slice = slice_of({owner, owner + 1}, size_, data.size() / element, dtype);
+    slices.push_back(data.subspan(slice.first * element, slice.size() * element));
   }
   return slices;
 }

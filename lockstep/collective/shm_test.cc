@@ -290,8 +290,7 @@ TEST(ShmHostileTest, NonsenseInAControlBlockIsShownNotTrusted) {
                                .reduction = static_cast<Reduction>(99),
                                .count = 3}));
   nonsense.tag = "a\nb";
-  EXPECT_EQ(describe(nonsense),
-            "unknown operation(unknown dtype × 3, tag 'a?b')");
+  EXPECT_EQ(describe(nonsense), "unknown operation(unknown dtype × 3, tag 'a?b')");
 }
 
 // What rank 1 does in the tests of processes: joins, finishes a barrier, and then never calls.
