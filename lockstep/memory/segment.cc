@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <optional>
@@ -89,6 +90,35 @@ int reserve(int fd, std::uint64_t offset, std::uint64_t bytes) {
   while (::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0)
     if (errno != EINTR) return errno;
   return 0;
+}
+
+void give_back(int fd, std::uint64_t offset, std::uint64_t bytes) {
+  ::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+              static_cast<off_t>(bytes));
+}
+
+// In pieces, each after a look at what is left: ranks that reserve at the same time take it from
+// each other, and beyond the limit of a control group the kernel kills.
+void reserve_or_throw(int fd, std::uint64_t offset, std::uint64_t bytes, std::string_view what) {
+  constexpr std::uint64_t kPiece = 32 << 20;
+  std::uint64_t done = 0;
+  try {
+    for (std::uint64_t piece = 0; done < bytes; done += piece) {
+      AvailableMemory available = available_memory();
+      available.bytes += std::min(done, ~available.bytes);
+      require_memory(bytes, available, what);
+      piece = std::min(kPiece, bytes - done);
+      if (const int reason = reserve(fd, offset + done, piece))
+        throw Error(fmt::format(
+            "cannot reserve {} of shared memory for {}: {} ({} free, limited by {}); hint: fewer "
+            "workers, a smaller model or batch, or more memory",
+            byte_text(bytes), what, errno_text(reason), byte_text(available.bytes),
+            available.limited_by));
+    }
+  } catch (const Error&) {
+    if (done != 0) give_back(fd, offset, done);
+    throw;
+  }
 }
 
 }  // namespace
@@ -215,17 +245,7 @@ std::span<std::byte> Segment::allocate(int rank, std::size_t bytes, std::string_
         "a "
         "smaller model",
         what, rank, byte_text(bytes), byte_text(arena_bytes - used), byte_text(arena_bytes)));
-  if (bytes != 0) {
-    require_memory(bytes, available_memory(), what);
-    if (const int reason =
-            reserve(state_->fd.get(), state_->layout.arena_offset(rank) + used, bytes)) {
-      const AvailableMemory left = available_memory();
-      throw Error(fmt::format(
-          "cannot reserve {} of shared memory for {}: {} ({} free, limited by {}); hint: fewer "
-          "workers, a smaller model or batch, or more memory",
-          byte_text(bytes), what, errno_text(reason), byte_text(left.bytes), left.limited_by));
-    }
-  }
+  reserve_or_throw(state_->fd.get(), state_->layout.arena_offset(rank) + used, bytes, what);
   // The arena's size is a multiple of the alignment, so this stays inside.
   used_word.store(round_up(used + bytes, kAlignment), std::memory_order_relaxed);
   return {state_->arena(rank) + used, bytes};
@@ -237,9 +257,7 @@ void Segment::release(int rank, std::span<std::byte> memory) {
   const std::uint64_t start = static_cast<std::uint64_t>(memory.data() - state_->arena(rank));
   // Whole alignment units, so that what the next owner gets there is zero again.
   const std::uint64_t bytes = round_up(memory.size(), kAlignment);
-  ::fallocate(state_->fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-              static_cast<off_t>(state_->layout.arena_offset(rank) + start),
-              static_cast<off_t>(bytes));
+  give_back(state_->fd.get(), state_->layout.arena_offset(rank) + start, bytes);
   auto& used_word = control(rank).arena_used;
   if (used_word.load(std::memory_order_relaxed) == start + bytes)
     used_word.store(start, std::memory_order_relaxed);
