@@ -1,10 +1,10 @@
-"""What ./dev refuses, and how it says so. Debian's tools are played by scripts here: nothing is
-installed or built."""
+"""What ./dev refuses, and how it says so, and what it asks of other programs. These and Debian's
+are played by scripts here: nothing is installed or built."""
 
 import os
 import shutil
 
-from harness import ROOT, contains, equal, main, run
+from harness import ROOT, Skip, contains, equal, main, run
 
 DEV = os.path.join(ROOT, "dev")
 TOOLS = ["awk", "basename", "bash", "cat", "cut", "dirname", "env", "grep", "nproc", "paste",
@@ -30,6 +30,8 @@ def dev(folder, *arguments, code=2, missing="", root=True, sudo=False, apt=True,
                            *) echo "installed $name" ;; esac; done''')
     if apt:
         play("apt-get", f'echo "$*" >> {folder}/apt; [ "$2" != install ]')
+    for tool in ("cmake", "ctest"):
+        play(tool, f'echo "{tool} $*" >> {folder}/calls')
     if sudo:
         play("sudo", f'echo sudo >> {folder}/apt; exec "$@"')
     result = run(DEV, *arguments, code=code, env={"PATH": tools, "LOCKSTEP_TORCH": "",
@@ -76,6 +78,16 @@ def test_a_system_without_debians_packages(folder):
              "(runs the build)", "  libfmt-dev ", " fmt/format.h ", "(messages)")
 
 
+def make_torch(folder, version):
+    os.makedirs(f"{folder}/{HEADERS}", exist_ok=True)
+    os.makedirs(f"{folder}/lib", exist_ok=True)
+    for name in (f"{HEADERS}/torch.h", "lib/libtorch_cpu.so"):
+        open(f"{folder}/{name}", "w").close()
+    major, minor = version.split(".")
+    with open(f"{folder}/{HEADERS}/version.h", "w") as file:
+        file.write(f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n")
+
+
 def test_libtorchs_that_are_refused(folder):
     def refused(*says):
         result = dev(folder, "setup", LOCKSTEP_TORCH=f"{folder}/torch")
@@ -83,14 +95,27 @@ def test_libtorchs_that_are_refused(folder):
         equal(result.err.count("\n"), 1, result.err)
 
     refused("no folder; hint: ")
-    os.makedirs(f"{folder}/torch/{HEADERS}")
+    os.makedirs(f"{folder}/torch/lib")
     refused(f"no libtorch: it has no {HEADERS}/torch.h")
-    os.mkdir(f"{folder}/torch/lib")
-    for name in (f"{HEADERS}/torch.h", "lib/libtorch_cpu.so"):
-        open(f"{folder}/torch/{name}", "w").close()
-    with open(f"{folder}/torch/{HEADERS}/version.h", "w") as file:
-        file.write("#define TORCH_VERSION_MAJOR 1\n#define TORCH_VERSION_MINOR 13\n")
+    make_torch(f"{folder}/torch", "1.13")
     refused("libtorch 1.13; lockstep needs 2.11 to 2.13")
+
+
+def test_what_is_built_and_which_tests_run(folder):
+    if not os.path.exists(f"{ROOT}/.deps/complete"):
+        raise Skip("./dev would install numpy")
+    make_torch(f"{folder}/torch", "2.13")
+    for arguments, chosen in (([], "--label-exclude soak"), (["--soak"], "--build-config soak"),
+                              (["-R", "data"], "--label-exclude soak -R data")):
+        dev(folder, "test", *arguments, code=0, LOCKSTEP_TORCH=f"{folder}/torch",
+            LOCKSTEP_JOBS="7")
+        with open(f"{folder}/calls") as file:
+            configure, build, test = file.read().strip().split("\n")
+        os.remove(f"{folder}/calls")
+        contains(configure, "--preset release", f"-DLOCKSTEP_TORCH_PREFIX={folder}/torch")
+        equal(build, f"cmake --build {ROOT}/build -j 7")
+        contains(test, f"--test-dir {ROOT}/build --output-on-failure")
+        assert test.endswith(" " + chosen), test
 
 
 if __name__ == "__main__":

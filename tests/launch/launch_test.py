@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from harness import (BUILD, LOCKSTEP, ROOT, Result, Skip, check_flight_record, check_trace, contains,
-                     equal, lockstep, main, memory_limit, processes, run, sanitized)
+from harness import (BUILD, LOCKSTEP, ROOT, Result, Skip, check_flight_record, check_trace,
+                     contains, equal, lockstep, main, memory_limit, processes, run, sanitized)
 
 WORKER = os.path.join(BUILD, "cluster_worker")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMPI_",
