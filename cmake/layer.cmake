@@ -27,6 +27,11 @@ function(lockstep_layer NAME)
     target_link_libraries(${NAME}_test
                           PRIVATE lockstep_${NAME} GTest::gtest GTest::gmock GTest::gtest_main)
     add_test(NAME ${NAME} COMMAND ${NAME}_test --gtest_brief=1)
-    set_tests_properties(${NAME} PROPERTIES TIMEOUT 240 LABELS unit ENVIRONMENT OMP_NUM_THREADS=1)
+    set(timeout 240)
+    if(LOCKSTEP_SANITIZE)
+      set(timeout 900)
+    endif()
+    set_tests_properties(${NAME} PROPERTIES
+      TIMEOUT ${timeout} LABELS unit ENVIRONMENT OMP_NUM_THREADS=1)
   endif()
 endfunction()

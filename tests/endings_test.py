@@ -6,8 +6,9 @@ import signal
 import subprocess
 import time
 
-from harness import (LOCKSTEP, Result, Skip, contains, equal, lockstep, main, make_idx_folder,
-                     parent_of, processes, report_of, run, train)
+from harness import (LOCKSTEP, Result, Skip, check_flight_record, check_trace, contains, equal,
+                     lockstep, main, make_idx_folder, memory_limit, parent_of, processes, report_of,
+                     run, train)
 
 ENDLESS = ["--workers", "2", "--set", "train.epochs=1000000", "--set", "dataset.rows=20000"]
 
@@ -15,13 +16,13 @@ ENDLESS = ["--workers", "2", "--set", "train.epochs=1000000", "--set", "dataset.
 class Running:
     """A training without end, started in the background and known to have begun."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, env=None):
         self.output = f"{folder}/out"
         self.mark = f"LOCKSTEP_TEST_MARK={folder}"
         self.process = subprocess.Popen(
             [LOCKSTEP, "train", "linear-regression", "--output", self.output, *ENDLESS, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "LOCKSTEP_TEST_MARK": folder}, start_new_session=True)
+            env={**os.environ, "LOCKSTEP_TEST_MARK": folder, **(env or {})}, start_new_session=True)
         self.wait_for(lambda: self.metrics(), "a line of metrics")
 
     def wait_for(self, condition, what):
@@ -104,8 +105,39 @@ def test_a_killed_worker_ends_the_job_with_its_rank_and_signal(folder):
     victim = running.workers()[-1]
     os.kill(victim, signal.SIGKILL)
     result = running.end([1])
-    contains(result.err, "rank ", f"pid {victim}", "signal 9")
+    contains(result.err, "rank ", f"pid {victim}", "signal 9",
+             f"operations of every rank: {running.output}/flight_recorder.json")
     assert whole_lines(f"{running.output}/metrics.jsonl")
+    ranks = check_flight_record(f"{running.output}/flight_recorder.json", 2)
+    (killed,) = [rank for rank in ranks if rank["pid"] == victim]
+    equal(killed["process"], "dead")
+    contains(result.err, f"rank {killed['rank']} (pid {victim}, dead): ",
+             killed["operations"][-1]["call"])
+    for rank in ranks:  # both were in the same step, or one apart
+        last = rank["operations"][-1]
+        assert last["state"] in ("done", "open", "failed") and last["sequence"] > 0, last
+    sequences = [rank["operations"][-1]["sequence"] for rank in ranks]
+    assert abs(sequences[0] - sequences[1]) <= 1, sequences
+
+
+def test_a_trace_of_a_training(folder):
+    trace = f"{folder}/trace.json"
+    train("linear-regression", f"{folder}/out", "--workers", 2, "--epochs", 2,
+          env={"LOCKSTEP_TRACE": trace})
+    rank_0, rank_1 = check_trace(trace, 2).values()
+    assert rank_0, "no operation"
+    for mine, theirs in zip(rank_0, rank_1, strict=True):
+        equal(mine["args"]["state"], "done")
+        equal((mine["name"], mine["args"]["call"]), (theirs["name"], theirs["args"]["call"]))
+
+
+def test_a_trace_when_a_worker_is_killed(folder):
+    trace = f"{folder}/trace.json"
+    running = Running(folder, env={"LOCKSTEP_TRACE": trace})
+    os.kill(running.workers()[-1], signal.SIGKILL)
+    running.end([1])
+    lengths = [len(operations) for operations in check_trace(trace, 2).values()]
+    assert min(lengths) > 0 and abs(lengths[0] - lengths[1]) <= 1, lengths
 
 
 def test_a_stopped_worker_is_missed_after_the_timeout(folder):
@@ -119,7 +151,28 @@ def test_a_stopped_worker_is_missed_after_the_timeout(folder):
             os.kill(victim, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    contains(result.err, "rank")
+    contains(result.err, "gave up after 1.", "s waiting for rank ", ", last seen ",
+             f" ago (pid {victim}, stopped by a signal)")
+
+
+def test_limits_of_the_process_are_errors(folder):
+    for limit, name in (("--as=100000000", "RLIMIT_AS"), ("--fsize=1000000", "RLIMIT_FSIZE")):
+        result = run("prlimit", limit, LOCKSTEP, "train", "linear-regression", "--output",
+                     f"{folder}/out", code=1)
+        contains(result.err, "no room for the shared memory segment: ", " needed, ", " left of ",
+                 name, "; hint: ulimit ")
+        assert not os.path.exists(f"{folder}/out/job.toml"), "a run that never began left files"
+
+
+def test_a_memory_limit_is_an_error(folder):
+    # The snapshots of the weights (784 x 100,000, twice 300 MB) do not fit.
+    data = make_idx_folder(f"{folder}/data", train_rows=40, test_rows=10)
+    with memory_limit(1 << 30) as prefix:
+        result = run(*prefix, LOCKSTEP, "train", "mnist", "--data", data, "--workers", 2, "--set",
+                     "model.widths=[100000]", "--output", f"{folder}/out", code=1)
+    assert ("not enough memory for " in result.err and " needed, " in result.err
+            and "the memory limit of control group " in result.err and "hint: " in result.err
+            or "perhaps out of memory" in result.err), result
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_weights(folder):

@@ -3,10 +3,12 @@
 A test file defines functions test_*; main() runs them in order of the file and says which failed.
 Everything a test writes goes to a folder of its own that is removed afterwards."""
 
+import contextlib
 import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -56,6 +58,11 @@ def train(name, output, *arguments, **options):
 def report_of(output):
     with open(os.path.join(output, "report.json")) as file:
         return json.load(file)
+
+
+def sanitized():
+    with open(os.path.join(BUILD, "CMakeCache.txt")) as file:
+        return re.search(r"^LOCKSTEP_SANITIZE:.*=.", file.read(), re.MULTILINE) is not None
 
 
 def contains(text, *parts):
@@ -140,18 +147,98 @@ def parent_of(pid):
         return None
 
 
+@contextlib.contextmanager
+def memory_limit(limit_bytes):
+    """A control group (version 2) with a memory limit, as the words to start a command in it with.
+    Skips the test where none can be made."""
+    with open("/proc/self/cgroup") as file:
+        own = [line.strip()[3:] for line in file if line.startswith("0::/")]
+    parent = "/sys/fs/cgroup" + (own[0] if own else "/")
+    while True:  # only a group without processes of its own can have one with a limit below it
+        group = f"{parent}/lockstep-test-{os.getpid()}"
+        try:
+            with open(f"{parent}/cgroup.subtree_control") as file:
+                found = "memory" in file.read().split()
+            if found:
+                os.mkdir(group)
+                break
+        except OSError:
+            pass
+        if parent == "/sys/fs/cgroup":
+            raise Skip("no control group (version 2) with a memory limit can be made here")
+        parent = os.path.dirname(parent)
+    try:
+        for name, value in (("memory.max", limit_bytes), ("memory.swap.max", 0)):
+            if name == "memory.max" or os.path.exists(f"{group}/{name}"):
+                with open(f"{group}/{name}", "w") as file:
+                    file.write(str(value))
+        yield ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh"]
+    finally:
+        os.rmdir(group)
+
+
+# --- What a job leaves behind ---
+
+
+def check_trace(path, ranks):
+    """A Chrome trace with a named process a rank; {rank: its operations in order}. Each rank's have
+    all the sequence numbers from 0 on, once, in the order of time."""
+    with open(path) as file:
+        events = json.load(file)["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events
+             if event["name"] == "process_name"}
+    equal(names, {rank: f"rank {rank}" for rank in range(ranks)}, "processes of the trace")
+    found = {rank: [] for rank in range(ranks)}
+    for event in events:
+        assert event["ph"] in "XM", event
+        if event["ph"] == "X":
+            assert event["ts"] >= 0 and event["dur"] >= 0, event
+            assert {"call", "tag", "dtype", "bytes", "state"} <= set(event["args"]), event
+            found[event["pid"]].append(event)
+    for rank, operations in found.items():
+        operations.sort(key=lambda event: event["args"]["sequence"])
+        equal([event["args"]["sequence"] for event in operations], list(range(len(operations))),
+              f"sequence numbers of rank {rank}")
+        times = [event["ts"] for event in operations]
+        equal(times, sorted(times), f"times of rank {rank}")
+    left = [name for name in os.listdir(os.path.dirname(path))
+            if name.startswith(os.path.basename(path)) and name != os.path.basename(path)]
+    equal(left, [], "parts of the trace that are left")
+    return found
+
+
+def check_flight_record(path, ranks):
+    """The dump of a failed job; its ranks. Each has its newest operations, with nothing missing but
+    one that a killed rank had only begun to write."""
+    with open(path) as file:
+        found = json.load(file)["ranks"]
+    equal([rank["rank"] for rank in found], list(range(ranks)), "ranks of the flight record")
+    for rank in found:
+        begun = rank["operations_begun"]
+        wanted = list(range(max(1, begun - 1023), begun + 1))
+        serials = [operation["serial"] for operation in rank["operations"]]
+        assert serials in (wanted, wanted[:-1]), f"rank {rank['rank']}: {serials}, {begun} begun"
+        for operation in rank["operations"][:-1]:
+            equal(operation["state"], "done", f"an operation before the last: {operation}")
+    return found
+
+
 # --- Running ---
 
 
 def main(tests):
-    """Runs the functions named test_* (or those named on the command line), each in a folder."""
+    """Runs the functions named test_* (or those named on the command line), each in a folder. Ends
+    with 0, with 1 if any failed, with 77 if this machine could run none of them."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     assert os.path.exists(LOCKSTEP), f"there is no {LOCKSTEP}: build first, or set LOCKSTEP_BUILD"
     chosen = sys.argv[1:]
-    failed, skipped = [], 0
+    unknown = [name for name in chosen if name not in tests]
+    assert not unknown, f"there is no {unknown}"
+    ran, failed, skipped = 0, [], 0
     for name, test in list(tests.items()):
         if not name.startswith("test_") or (chosen and name not in chosen):
             continue
+        ran += 1
         folder = tempfile.mkdtemp(prefix="lockstep-test-")
         try:
             test(folder)
@@ -165,4 +252,4 @@ def main(tests):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     print(f"{len(failed)} failed{': ' + ', '.join(failed) if failed else ''}, {skipped} skipped")
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed else 77 if skipped == ran else 0)

@@ -2,6 +2,7 @@
 // its shape. And how soon an abort from outside is heard.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -95,6 +96,16 @@ TEST(ErrorSamplesTest, LackOfMemory) {
     require_memory(3'000'000'000, {1'000'000'000, "this machine"}, "the gradients");
   }));
   expect_sample(error_of([] { make_segment(1, 16 << 20)->allocate(0, 1 << 30, "the gradients"); }));
+}
+
+TEST(ErrorSamplesTest, ALimitOfTheProcess) {
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit tight{1 << 30, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &tight), 0);
+  const std::string error = error_of([] { make_segment(3, 8ULL << 30); });
+  ::setrlimit(RLIMIT_FSIZE, &before);
+  expect_sample(error);
 }
 
 // What rank 0 says of a rank 1 that becomes `state` after a barrier, by `signal` or not at all.

@@ -1,6 +1,7 @@
 #include "lockstep/memory/available_memory.h"
 
 #include <fmt/format.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -76,6 +77,23 @@ void apply_limits(const fs::path& root, const CgroupFiles& files, const fs::path
   }
 }
 
+struct ProcessLimit {
+  __rlimit_resource resource;
+  const char* name;
+  const char* hint;
+};
+
+void require_within(const ProcessLimit& limit, std::uint64_t used, std::uint64_t needed,
+                    std::string_view what) {
+  rlimit found{};
+  if (::getrlimit(limit.resource, &found) != 0 || found.rlim_cur == RLIM_INFINITY) return;
+  const std::uint64_t left = found.rlim_cur - std::min<std::uint64_t>(found.rlim_cur, used);
+  if (needed <= left) return;
+  throw Error(fmt::format("no room for {}: {} needed, {} left of this process's {} of {}; hint: {}",
+                          what, byte_text(needed), byte_text(left), limit.name,
+                          byte_text(found.rlim_cur), limit.hint));
+}
+
 }  // namespace
 
 AvailableMemory available_memory(const fs::path& root) {
@@ -109,6 +127,18 @@ void require_memory(std::uint64_t needed, const AvailableMemory& available, std:
                   "workers, a smaller "
                   "model or batch, or more memory",
                   what, byte_text(needed), byte_text(available.bytes), available.limited_by));
+}
+
+void require_file_size(std::uint64_t bytes, std::string_view what) {
+  require_within({RLIMIT_FSIZE, "largest file size (RLIMIT_FSIZE)", "ulimit -f unlimited"}, 0,
+                 bytes, what);
+}
+
+void require_address_space(std::uint64_t bytes, std::string_view what) {
+  const auto pages = leading_number(text_or_empty("/proc/self/statm")).value_or(0);
+  const auto used = pages * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  require_within({RLIMIT_AS, "address space (RLIMIT_AS)", "ulimit -v unlimited"}, used, bytes,
+                 what);
 }
 
 std::string byte_text(std::uint64_t bytes) {

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <optional>
@@ -72,13 +73,52 @@ std::optional<Layout> checked_layout(std::uint64_t ranks, std::uint64_t arena_by
   return Layout{ranks, round_up(arena_bytes, kArenaAlignment)};
 }
 
+constexpr std::string_view kSegment = "the shared memory segment";
+
 void* map(int fd, std::uint64_t bytes) {
+  require_address_space(bytes, kSegment);
   void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (base == MAP_FAILED)
     throw Error(fmt::format("cannot map a shared memory segment of {}: {}", byte_text(bytes),
                             errno_text(errno)));
   ::madvise(base, bytes, MADV_HUGEPAGE);  // a wish: not every kernel grants it
   return base;
+}
+
+// 0 or the errno. A signal handler of the program's own must not look like a lack of memory.
+int reserve(int fd, std::uint64_t offset, std::uint64_t bytes) {
+  while (::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0)
+    if (errno != EINTR) return errno;
+  return 0;
+}
+
+void give_back(int fd, std::uint64_t offset, std::uint64_t bytes) {
+  ::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+              static_cast<off_t>(bytes));
+}
+
+// In pieces, each after a look at what is left: ranks that reserve at the same time take it from
+// each other, and beyond the limit of a control group the kernel kills.
+void reserve_or_throw(int fd, std::uint64_t offset, std::uint64_t bytes, std::string_view what) {
+  constexpr std::uint64_t kPiece = 32 << 20;
+  std::uint64_t done = 0;
+  try {
+    for (std::uint64_t piece = 0; done < bytes; done += piece) {
+      AvailableMemory available = available_memory();
+      available.bytes += std::min(done, ~available.bytes);
+      require_memory(bytes, available, what);
+      piece = std::min(kPiece, bytes - done);
+      if (const int reason = reserve(fd, offset + done, piece))
+        throw Error(fmt::format(
+            "cannot reserve {} of shared memory for {}: {} ({} free, limited by {}); hint: fewer "
+            "workers, a smaller model or batch, or more memory",
+            byte_text(bytes), what, errno_text(reason), byte_text(available.bytes),
+            available.limited_by));
+    }
+  } catch (const Error&) {
+    if (done != 0) give_back(fd, offset, done);
+    throw;
+  }
 }
 
 }  // namespace
@@ -116,9 +156,10 @@ std::shared_ptr<Segment> Segment::create(const SegmentOptions& options) {
   UniqueFd fd(::memfd_create("lockstep", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) throw Error("cannot create a shared memory segment: " + errno_text(errno));
   const std::uint64_t fixed_bytes = layout->arenas_offset();
-  require_memory(fixed_bytes, available_memory(), "the shared memory segment");
+  require_memory(fixed_bytes, available_memory(), kSegment);
+  require_file_size(layout->total_bytes(), kSegment);
   if (::ftruncate(fd.get(), static_cast<off_t>(layout->total_bytes())) != 0 ||
-      ::fallocate(fd.get(), 0, 0, static_cast<off_t>(fixed_bytes)) != 0 ||
+      (errno = reserve(fd.get(), 0, fixed_bytes)) != 0 ||
       ::fcntl(fd.get(), F_ADD_SEALS, kSeals) != 0)
     throw Error(fmt::format("cannot size a shared memory segment to {}: {}",
                             byte_text(layout->total_bytes()), errno_text(errno)));
@@ -204,13 +245,7 @@ std::span<std::byte> Segment::allocate(int rank, std::size_t bytes, std::string_
         "a "
         "smaller model",
         what, rank, byte_text(bytes), byte_text(arena_bytes - used), byte_text(arena_bytes)));
-  if (bytes != 0) {
-    require_memory(bytes, available_memory(), what);
-    const auto offset = static_cast<off_t>(state_->layout.arena_offset(rank) + used);
-    if (::fallocate(state_->fd.get(), 0, offset, static_cast<off_t>(bytes)) != 0)
-      throw Error(fmt::format("cannot reserve {} of shared memory for {}: {}", byte_text(bytes),
-                              what, errno_text(errno)));
-  }
+  reserve_or_throw(state_->fd.get(), state_->layout.arena_offset(rank) + used, bytes, what);
   // The arena's size is a multiple of the alignment, so this stays inside.
   used_word.store(round_up(used + bytes, kAlignment), std::memory_order_relaxed);
   return {state_->arena(rank) + used, bytes};
@@ -222,9 +257,7 @@ void Segment::release(int rank, std::span<std::byte> memory) {
   const std::uint64_t start = static_cast<std::uint64_t>(memory.data() - state_->arena(rank));
   // Whole alignment units, so that what the next owner gets there is zero again.
   const std::uint64_t bytes = round_up(memory.size(), kAlignment);
-  ::fallocate(state_->fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-              static_cast<off_t>(state_->layout.arena_offset(rank) + start),
-              static_cast<off_t>(bytes));
+  give_back(state_->fd.get(), state_->layout.arena_offset(rank) + start, bytes);
   auto& used_word = control(rank).arena_used;
   if (used_word.load(std::memory_order_relaxed) == start + bytes)
     used_word.store(start, std::memory_order_relaxed);

@@ -4,11 +4,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
 #include <set>
 #include <thread>
 
@@ -168,6 +170,66 @@ TEST(SegmentTest, LackOfRoomOrMemoryIsAnErrorThatNamesTheSizes) {
                                 " needed"));
   EXPECT_THAT(memory, HasSubstr("free (limited by "));
   EXPECT_THAT(memory, HasSubstr("hint: fewer workers"));
+}
+
+// What `function` throws in a child of this process that has the limit; how the child ended, if it
+// was killed.
+template <typename Function>
+std::string error_under(__rlimit_resource resource, std::uint64_t limit, Function&& function) {
+  int ends[2];
+  EXPECT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const rlimit both{limit, limit};
+    const std::string error =
+        ::setrlimit(resource, &both) == 0 ? error_of(function) : "setrlimit was refused";
+    write_all(ends[1], as_byte_span(error));
+    ::_exit(0);
+  }
+  ::close(ends[1]);
+  const UniqueFd from(ends[0]);
+  std::string text(4096, ' ');
+  text.resize(
+      static_cast<std::size_t>(std::max<ssize_t>(::read(from.get(), text.data(), 4096), 0)));
+  int status = -1;
+  EXPECT_EQ(::waitpid(child, &status, 0), child);
+  return WIFSIGNALED(status) ? "killed by signal " + std::to_string(WTERMSIG(status)) : text;
+}
+
+constexpr std::uint64_t kGiB = std::uint64_t{1} << 30;
+
+// The kernel's own answer to a file too large is SIGXFSZ.
+TEST(SegmentTest, ALimitOfFileSizesIsAnErrorAndNoSignal) {
+  const auto create = [] { Segment::create({.ranks = 2, .arena_bytes = kGiB}); };
+  const std::string error = error_under(RLIMIT_FSIZE, kGiB, create);
+  EXPECT_THAT(error, HasSubstr("no room for the shared memory segment: 2.00 GiB needed, 1.00 GiB "
+                               "left of this process's largest file size (RLIMIT_FSIZE)"));
+  EXPECT_THAT(error, HasSubstr("hint: ulimit -f unlimited"));
+  EXPECT_EQ(error_under(RLIMIT_FSIZE, 3 * kGiB, create), "no error");
+  // What was sized before is not affected.
+  auto segment = Segment::create({.ranks = 1, .arena_bytes = kArena});
+  EXPECT_EQ(error_under(RLIMIT_FSIZE, 1, [&] { segment->allocate(0, 1 << 20, "memory")[9] = {}; }),
+            "no error");
+}
+
+// A gibibyte more than this process has mapped.
+std::uint64_t tight_address_space() {
+  std::uint64_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  return pages * static_cast<std::uint64_t>(::getpagesize()) + kGiB;
+}
+
+TEST(SegmentTest, ALimitOfAddressSpaceIsAnError) {
+  const auto create = [] { Segment::create({.ranks = 1, .arena_bytes = 2 * kGiB}); };
+  const std::string error = error_under(RLIMIT_AS, tight_address_space(), create);
+  EXPECT_THAT(error, HasSubstr("no room for the shared memory segment: 2.00 GiB needed, "));
+  EXPECT_THAT(error, HasSubstr(" left of this process's address space (RLIMIT_AS) of "));
+  EXPECT_THAT(error, HasSubstr("hint: ulimit -v unlimited"));
+  // A worker is told the same when it attaches what somebody else made.
+  auto segment = Segment::create({.ranks = 1, .arena_bytes = 2 * kGiB});
+  EXPECT_THAT(
+      error_under(RLIMIT_AS, tight_address_space(), [&] { Segment::attach(duplicate(*segment)); }),
+      HasSubstr("2.00 GiB needed, "));
 }
 
 TEST(SegmentTest, PlacesOutsideAnArenaAreErrors) {

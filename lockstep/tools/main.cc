@@ -75,6 +75,7 @@ int main(int argc, char** argv) {
   const Start start{monotonic_seconds(), static_cast<double>(std::time(nullptr))};
   open_standard_streams();
   ::signal(SIGPIPE, SIG_IGN);  // a reader that went away must not take the agent along
+  ::signal(SIGXFSZ, SIG_IGN);  // nor a file that has reached its limit: both are errors to tell
   const auto failed = [](const std::exception& error, int code) {
     print_error(fmt::format("lockstep: {}\n", error.what()));
     // Who ended the job does not want to wait for a reader that takes nothing.
