@@ -39,7 +39,7 @@ void look_at_everything(const std::shared_ptr<Segment>& segment) {
   segment->abort_reason();
   for (int rank = 0; rank < segment->ranks(); ++rank) {
     for (const auto& operation : lockstep::recorded_operations(*segment, rank)) {
-      LOCKSTEP_CHECK(operation.call.tag.size() <= 32 && operation.group.size() <= 16);
+      LOCKSTEP_CHECK(operation.call.tag.view().size() <= 32 && operation.group.size() <= 16);
       operation.bytes();
     }
     may_refuse([&] { segment->release(rank, segment->allocate(rank, 100, "memory")); });
