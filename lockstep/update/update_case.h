@@ -5,7 +5,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <random>
+#include <cstring>
+#include <functional>
 #include <vector>
 
 #include "lockstep/base/error.h"
@@ -117,16 +118,23 @@ class CaseMemory {
     return SharedState::attach(memory_.span().first(layout_.total_bytes()), layout_);
   }
   Contributions contributions() const { return {.ranks = views_, .stride = stride_}; }
-  // What rank computes of `step`: its run, merged as plan_accumulation says.
-  void contribute(const UpdateCase& what, std::uint64_t step, int rank, VirtualRange run) const {
+  // What rank computes of `step`: its run, merged as plan_accumulation says. Calls `instant` in the
+  // middle of things.
+  void contribute(
+      const UpdateCase& what, std::uint64_t step, int rank, VirtualRange run,
+      const std::function<void()>& instant = [] {}) const {
     const SharedState shared = state();
     const std::span<float> slots = ranks_[static_cast<std::size_t>(rank)];
     const auto slot = [&](std::size_t i) { return slots.subspan(i * stride_, what.spec.elements); };
     for (const AccumulateStep& next : plan_accumulation(run, what.virtual_ranks).steps) {
       auto top = static_cast<std::size_t>(next.slot);
       what.contribute(step, next.virtual_rank, shared.weights(), slot(top));
+      instant();
       for (int merge = 0; merge < next.merges; ++merge, --top)
-        for (std::size_t i = 0; i < what.spec.elements; ++i) slot(top - 1)[i] += slot(top)[i];
+        for (std::size_t i = 0; i < what.spec.elements; ++i) {
+          slot(top - 1)[i] += slot(top)[i];
+          if (i == what.spec.elements / 2) instant();
+        }
     }
   }
 
