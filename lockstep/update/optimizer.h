@@ -110,9 +110,11 @@ class Optimizer {
 // Same bits for any caller.
 inline constexpr std::size_t kTileElements = 1024;
 double sum_of_squares(std::span<const float> values);
-// The largest |x|; infinity if any is infinite or no number. For finite inputs whose magnitudes add
-// up to less than 2^127, no sum in any order can overflow: see docs/shared-weights.md.
+// The largest |x|; infinity if any is infinite or no number.
 float max_magnitude(std::span<const float> values);
+// Whether contributions whose largest magnitudes add up to this have a finite sum, whatever the
+// values and the order: docs/shared-weights.md, "Is it finite?". If not, it must be measured.
+inline bool sum_is_finite(double magnitudes) { return magnitudes < 0x1p127; }
 
 // The learning rate of a step (from 0). Pure.
 struct Schedule {

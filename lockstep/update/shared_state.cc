@@ -138,19 +138,19 @@ SharedState SharedState::attach(std::span<std::byte> memory) {
 
 SharedState SharedState::attach(std::span<std::byte> memory, const SharedLayout& expected) {
   const SharedState state = attach(memory);
-  const auto compare = [](std::string_view what, std::uint64_t found, std::uint64_t wanted) {
+  const auto compare = [](std::uint64_t found, std::uint64_t wanted, std::string_view what) {
     if (found != wanted)
       throw Error(
           fmt::format("the shared weights have {} {}, this module has {}: every worker "
                       "needs the same module and optimizer",
-                      what, found, wanted));
+                      found, what, wanted));
   };
   const SharedLayout& found = state.layout();
-  compare("elements:", found.elements, expected.elements);
-  compare("optimizer state arrays:", found.states, expected.states);
-  compare("slices at most:", found.slices, expected.slices);
-  compare("bytes of buffers:", found.buffer_bytes, expected.buffer_bytes);
-  compare("parameters and optimizers of the fingerprint", found.fingerprint, expected.fingerprint);
+  compare(found.elements, expected.elements, "elements");
+  compare(found.states, expected.states, "state arrays of the optimizer");
+  compare(found.slices, expected.slices, "slices at most");
+  compare(found.buffer_bytes, expected.buffer_bytes, "bytes of other buffers");
+  compare(found.fingerprint, expected.fingerprint, "as their ranges' fingerprint");
   return state;
 }
 

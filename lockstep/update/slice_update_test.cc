@@ -156,6 +156,44 @@ TEST(SliceUpdate, ASkippedStepChangesNothingButTheStep) {
   EXPECT_EQ(what.plan(state.record(2, what.spec), {{0, 2}}, 1).groups.items[1].steps, 2u);
 }
 
+// Every instant of a slice's update, and every instant of its repetition, as the end of whoever was
+// at work.
+TEST(SliceUpdate, IsIdempotentFromEveryInstant) {
+  struct Killed {};
+  const UpdateCase what{.spec = mixed_spec(AdamW{}, SGD{.momentum = 0.9}), .virtual_ranks = 2};
+  const naive::Weights expected = what.twin_after(1);
+  const auto runs = partition_virtual_ranks(2, 2);
+  const StepRecord record = what.plan(first_record(what.spec), runs, 1);
+  // True if it died.
+  const auto dies = [&](const CaseMemory& memory, int instant) {
+    SliceUpdate update(what.spec, memory.state());
+    try {
+      update.run(record, memory.contributions(), 0, [&](auto, auto) {
+        if (instant-- == 0) throw Killed{};
+      });
+    } catch (const Killed&) {
+      return true;
+    }
+    return false;
+  };
+  int first = 0;
+  for (bool died = true; died; ++first) {
+    for (int second = 0;; second += 7) {
+      const CaseMemory memory(what, 2);
+      for (const int rank : {0, 1})
+        memory.contribute(what, 1, rank, runs[static_cast<std::size_t>(rank)]);
+      memory.state().decide(record);
+      died = dies(memory, first);
+      const bool died_again = dies(memory, second);
+      ASSERT_FALSE(dies(memory, -1));
+      ASSERT_TRUE(same_bits(memory.state(), expected)) << first << " " << second;
+      memory.state().commit(record);
+      if (!died_again) break;
+    }
+  }
+  EXPECT_GT(first, 50);
+}
+
 TEST(StepRecord, LossScaleAndClippingGoIntoOneFactor) {
   const UpdateSpec spec{.elements = 10, .groups = {SGD{.lr = 0.5}}, .ranges = {{0, 10, 0}}};
   const std::vector<VirtualLoss> losses = {{1, 3}, {1, 1}, {}};
