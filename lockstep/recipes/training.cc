@@ -23,8 +23,7 @@ namespace lockstep {
 namespace {
 
 OptimizerOptions optimizer_options(const OptimizerSettings& settings) {
-  OptimizerOptions options{.beta1 = settings.beta1,
-                           .beta2 = settings.beta2,
+  OptimizerOptions options{.betas = {settings.beta1, settings.beta2},
                            .eps = settings.eps,
                            .weight_decay = settings.weight_decay};
   if (settings.name == "adamw") {

@@ -1,19 +1,182 @@
 #include "lockstep/update/optimizer.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <limits>
 #include <numbers>
 
 #include "lockstep/base/error.h"
-#include "lockstep/update/kernels.h"
 
 namespace lockstep {
 
+SGD::operator OptimizerOptions() const {
+  return {.kind = OptimizerKind::sgd,
+          .lr = lr,
+          .momentum = momentum,
+          .dampening = dampening,
+          .nesterov = nesterov,
+          .weight_decay = weight_decay};
+}
+
+Adam::operator OptimizerOptions() const {
+  return {.kind = OptimizerKind::adam,
+          .lr = lr,
+          .betas = betas,
+          .eps = eps,
+          .weight_decay = weight_decay,
+          .amsgrad = amsgrad};
+}
+
+AdamW::operator OptimizerOptions() const {
+  return {.kind = OptimizerKind::adamw,
+          .lr = lr,
+          .betas = betas,
+          .eps = eps,
+          .weight_decay = weight_decay,
+          .amsgrad = amsgrad};
+}
+
+Adagrad::operator OptimizerOptions() const {
+  return {.kind = OptimizerKind::adagrad,
+          .lr = lr,
+          .eps = eps,
+          .weight_decay = weight_decay,
+          .lr_decay = lr_decay,
+          .initial_accumulator_value = initial_accumulator_value};
+}
+
+RMSprop::operator OptimizerOptions() const {
+  return {.kind = OptimizerKind::rmsprop,
+          .lr = lr,
+          .momentum = momentum,
+          .eps = eps,
+          .weight_decay = weight_decay,
+          .alpha = alpha,
+          .centered = centered};
+}
+
+void check(const OptimizerOptions& options, std::string_view where) {
+  // What the arithmetic takes as fp32 must be finite there too.
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  const auto require = [&](std::string_view name, double value, bool below_one) {
+    const bool good = value >= 0 && (below_one ? value < 1 : value <= kLargest);
+    if (good) return;
+    throw ConfigError(fmt::format("{}: {} is {}", where, name, value),
+                      fmt::format("{} lies in [0, {})", name, below_one ? "1" : "3.4e38"));
+  };
+  require("lr", options.lr, false);
+  require("momentum", options.momentum, false);
+  require("betas.first", options.betas.first, true);
+  require("betas.second", options.betas.second, true);
+  require("eps", options.eps, false);
+  require("weight_decay", options.weight_decay, false);
+  require("lr_decay", options.lr_decay, false);
+  require("initial_accumulator_value", options.initial_accumulator_value, false);
+  require("alpha", options.alpha, false);
+  if (!std::isfinite(options.dampening))
+    throw ConfigError(fmt::format("{}: dampening is {}", where, options.dampening));
+  if (options.nesterov && (options.momentum == 0 || options.dampening != 0))
+    throw ConfigError(fmt::format("{}: nesterov with momentum {} and dampening {}", where,
+                                  options.momentum, options.dampening),
+                      "Nesterov's method takes a momentum and no dampening");
+}
+
+UpdateKernel kernel_of(const OptimizerOptions& options) {
+  using enum UpdateKernel;
+  switch (options.kind) {
+    case OptimizerKind::sgd:
+      return options.momentum == 0 ? sgd : options.nesterov ? sgd_nesterov : sgd_momentum;
+    case OptimizerKind::adam:
+    case OptimizerKind::adamw:
+      return options.amsgrad ? amsgrad : adam;
+    case OptimizerKind::adagrad:
+      return adagrad;
+    case OptimizerKind::rmsprop:
+      if (options.centered)
+        return options.momentum == 0 ? rmsprop_centered : rmsprop_centered_momentum;
+      return options.momentum == 0 ? rmsprop : rmsprop_momentum;
+  }
+  LOCKSTEP_CHECK(false, "unknown optimizer");
+}
+
+std::vector<std::string_view> state_names(const OptimizerOptions& options) {
+  switch (kernel_of(options)) {
+    case UpdateKernel::sgd:
+      return {};
+    case UpdateKernel::sgd_momentum:
+    case UpdateKernel::sgd_nesterov:
+      return {"momentum_buffer"};
+    case UpdateKernel::adam:
+      return {"exp_avg", "exp_avg_sq"};
+    case UpdateKernel::amsgrad:
+      return {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+    case UpdateKernel::adagrad:
+      return {"sum"};
+    case UpdateKernel::rmsprop:
+      return {"square_avg"};
+    case UpdateKernel::rmsprop_momentum:
+      return {"square_avg", "momentum_buffer"};
+    case UpdateKernel::rmsprop_centered:
+      return {"square_avg", "grad_avg"};
+    case UpdateKernel::rmsprop_centered_momentum:
+      return {"square_avg", "momentum_buffer", "grad_avg"};
+  }
+  LOCKSTEP_CHECK(false, "unknown optimizer");
+}
+
+float initial_state(const OptimizerOptions& options) {
+  return options.kind == OptimizerKind::adagrad
+             ? static_cast<float>(options.initial_accumulator_value)
+             : 0.0f;
+}
+
+StepNumbers step_numbers(const OptimizerOptions& options, std::uint64_t steps,
+                         float gradient_scale) {
+  const double lr = options.lr;
+  StepNumbers numbers{.kernel = kernel_of(options),
+                      .gradient_scale = gradient_scale,
+                      .lr = static_cast<float>(lr),
+                      .momentum = static_cast<float>(options.momentum),
+                      .eps = static_cast<float>(options.eps)};
+  if (options.kind == OptimizerKind::adamw)
+    numbers.shrink = static_cast<float>(1 - lr * options.weight_decay);
+  else
+    numbers.weight_decay = static_cast<float>(options.weight_decay);
+  const double exponent = static_cast<double>(steps);
+  switch (options.kind) {
+    case OptimizerKind::sgd:
+      if (steps > 1) numbers.one_minus_dampening = static_cast<float>(1 - options.dampening);
+      break;
+    case OptimizerKind::adam:
+    case OptimizerKind::adamw: {
+      const auto [beta1, beta2] = options.betas;
+      const double correction1 = 1 - std::pow(beta1, exponent);
+      const double correction2 = 1 - std::pow(beta2, exponent);
+      numbers.beta1 = static_cast<float>(beta1);
+      numbers.one_minus_beta1 = static_cast<float>(1 - beta1);
+      numbers.beta2 = static_cast<float>(beta2);
+      numbers.one_minus_beta2 = static_cast<float>(1 - beta2);
+      numbers.root_correction2 = static_cast<float>(std::sqrt(correction2));
+      numbers.step_size = static_cast<float>(lr / correction1);
+      break;
+    }
+    case OptimizerKind::adagrad:
+      numbers.step_size = static_cast<float>(lr / (1 + (exponent - 1) * options.lr_decay));
+      break;
+    case OptimizerKind::rmsprop:
+      numbers.beta2 = static_cast<float>(options.alpha);
+      numbers.one_minus_beta2 = static_cast<float>(1 - options.alpha);
+      break;
+  }
+  return numbers;
+}
+
 Optimizer::Optimizer(const OptimizerOptions& options, std::size_t count)
     : options_(options), count_(count) {
-  const bool adaptive = options.kind != OptimizerKind::sgd;
-  if (adaptive || options.momentum != 0) first_.resize(count);
-  if (adaptive) second_.resize(count);
+  states_.resize(state_names(options).size(), std::vector<float>(count, initial_state(options)));
 }
 
 void Optimizer::step(std::span<float> weights, std::span<const float> gradient,
@@ -21,53 +184,30 @@ void Optimizer::step(std::span<float> weights, std::span<const float> gradient,
   LOCKSTEP_CHECK(weights.size() == count_ && gradient.size() == count_,
                  "an optimizer steps spans of the size it was made for");
   ++steps_;
-  StepNumbers numbers{.gradient_scale = gradient_scale, .lr = static_cast<float>(lr)};
-  if (options_.kind == OptimizerKind::adamw)
-    numbers.shrink = static_cast<float>(1 - lr * options_.weight_decay);
-  else
-    numbers.weight_decay = static_cast<float>(options_.weight_decay);
-  const StepArrays arrays{weights.data(), gradient.data(), first_.data(), second_.data(), count_};
-  const UpdateKernels& kernels = update_kernels();
-
-  if (options_.kind == OptimizerKind::sgd) {
-    numbers.momentum = static_cast<float>(options_.momentum);
-    const auto kernel = options_.momentum == 0 ? kernels.sgd
-                        : options_.nesterov    ? kernels.sgd_nesterov
-                                               : kernels.sgd_momentum;
-    return kernel(numbers, arrays);
-  }
-  const double exponent = static_cast<double>(steps_);
-  const double correction1 = 1 - std::pow(options_.beta1, exponent);
-  const double correction2 = 1 - std::pow(options_.beta2, exponent);
-  numbers.beta1 = static_cast<float>(options_.beta1);
-  numbers.one_minus_beta1 = static_cast<float>(1 - options_.beta1);
-  numbers.beta2 = static_cast<float>(options_.beta2);
-  numbers.one_minus_beta2 = static_cast<float>(1 - options_.beta2);
-  numbers.root_correction2 = static_cast<float>(std::sqrt(correction2));
-  numbers.eps = static_cast<float>(options_.eps);
-  numbers.step_size = static_cast<float>(lr / correction1);
-  kernels.adam(numbers, arrays);
+  options_.lr = lr;
+  const StepNumbers numbers =
+      step_numbers(options_, static_cast<std::uint64_t>(steps_), gradient_scale);
+  StepArrays arrays{.gradient = gradient.data(),
+                    .weights = weights.data(),
+                    .states = {},
+                    .new_weights = weights.data(),
+                    .new_states = {},
+                    .count = count_};
+  for (std::size_t i = 0; i < states_.size(); ++i)
+    arrays.states[i] = arrays.new_states[i] = states_[i].data();
+  update_kernels().step(numbers.kernel)(numbers, arrays);
 }
 
 double sum_of_squares(std::span<const float> values) {
-  constexpr std::size_t kTile = 1024;
-  constexpr std::size_t kLanes = 16;  // fixed, so that the bits don't depend on the machine
   double total = 0;
-  while (!values.empty()) {
-    const std::span<const float> tile = values.first(std::min(kTile, values.size()));
-    double lanes[kLanes] = {};
-    std::size_t i = 0;
-    for (; i + kLanes <= tile.size(); i += kLanes)
-      for (std::size_t lane = 0; lane < kLanes; ++lane)
-        lanes[lane] += static_cast<double>(tile[i + lane]) * static_cast<double>(tile[i + lane]);
-    for (; i < tile.size(); ++i)
-      lanes[i % kLanes] += static_cast<double>(tile[i]) * static_cast<double>(tile[i]);
-    double sum = 0;
-    for (const double lane : lanes) sum += lane;
-    total += sum;
-    values = values.subspan(tile.size());
-  }
+  for (; !values.empty(); values = values.subspan(std::min(kTileElements, values.size())))
+    total += update_kernels().tile_squares(values.data(), std::min(kTileElements, values.size()));
   return total;
+}
+
+float max_magnitude(std::span<const float> values) {
+  const std::uint32_t bits = update_kernels().magnitude_bits(values.data(), values.size());
+  return std::bit_cast<float>(std::min(bits, 0x7f800000u));
 }
 
 double learning_rate(const Schedule& schedule, std::int64_t step) {

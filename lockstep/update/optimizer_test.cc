@@ -6,7 +6,8 @@
 #include <cmath>
 #include <random>
 
-#include "lockstep/update/kernels.h"
+#include "lockstep/base/error.h"
+#include "lockstep/update/naive.h"
 
 namespace lockstep {
 namespace {
@@ -88,45 +89,14 @@ TEST(Optimizer, SplittingTheSpanKeepsTheBits) {
 
 // --- Kernels against a naive twin, bit for bit ---
 
-volatile float rounded;  // every intermediate result passes through memory: no fusing, no widening
-float r(float value) {
-  rounded = value;
-  return rounded;
-}
-
-void naive_sgd(const StepNumbers& n, const StepArrays& a, bool momentum, bool nesterov) {
-  for (std::size_t i = 0; i < a.count; ++i) {
-    const float g = r(r(a.gradient[i] * n.gradient_scale) + r(n.weight_decay * a.weights[i]));
-    float update = g;
-    if (momentum) {
-      a.first[i] = r(r(n.momentum * a.first[i]) + g);
-      update = nesterov ? r(g + r(n.momentum * a.first[i])) : a.first[i];
-    }
-    a.weights[i] = r(a.weights[i] - r(n.lr * update));
-  }
-}
-
-void naive_adam(const StepNumbers& n, const StepArrays& a) {
-  for (std::size_t i = 0; i < a.count; ++i) {
-    const float w = r(a.weights[i] * n.shrink);
-    const float g = r(r(a.gradient[i] * n.gradient_scale) + r(n.weight_decay * w));
-    a.first[i] = r(r(n.beta1 * a.first[i]) + r(n.one_minus_beta1 * g));
-    a.second[i] = r(r(n.beta2 * a.second[i]) + r(n.one_minus_beta2 * r(g * g)));
-    const float denominator = r(r(std::sqrt(a.second[i]) / n.root_correction2) + n.eps);
-    a.weights[i] = r(w - r(n.step_size * r(a.first[i] / denominator)));
-  }
-}
-
 struct Memory {
-  std::vector<float> weights, gradient, first, second;
-  StepArrays at(std::size_t offset, std::size_t count) {
-    return {weights.data() + offset, gradient.data() + offset, first.data() + offset,
-            second.data() + offset, count};
-  }
+  std::vector<float> gradient;
+  std::array<std::vector<float>, 1 + kMaxStateArrays> arrays;  // weights, states
+
   std::vector<std::uint32_t> bits() const {
     std::vector<std::uint32_t> all;
-    for (const auto* part : {&weights, &first, &second})
-      for (const float value : *part) all.push_back(std::bit_cast<std::uint32_t>(value));
+    for (const auto& array : arrays)
+      for (const float value : array) all.push_back(std::bit_cast<std::uint32_t>(value));
     return all;
   }
 };
@@ -135,54 +105,139 @@ Memory random_memory(std::size_t count) {
   std::mt19937 random(static_cast<unsigned>(count));
   std::normal_distribution<float> normal;
   Memory memory;
-  for (auto* part : {&memory.weights, &memory.gradient, &memory.first, &memory.second})
-    for (std::size_t i = 0; i < count; ++i) part->push_back(normal(random));
-  for (float& value : memory.second) value *= value;
-  if (count > 20) {
-    memory.gradient[3] = 0.0f;
-    memory.gradient[17] = 1e-40f;  // subnormal
-    memory.second[5] = 0.0f;
-  }
+  const auto fill = [&](std::vector<float>& array) {
+    for (std::size_t i = 0; i < count; ++i) array.push_back(normal(random));
+  };
+  fill(memory.gradient);
+  for (auto& array : memory.arrays) fill(array);
+  for (const std::size_t squares : {1, 2, 3})  // wherever an optimizer has them
+    for (float& value : memory.arrays[squares]) value *= value;
+  memory.gradient[3] = 0.0f;
+  memory.gradient[17] = 1e-40f;  // subnormal
+  memory.arrays[2][5] = 0.0f;
   return memory;
 }
 
+StepNumbers some_numbers(UpdateKernel kernel) {
+  return {.kernel = kernel,
+          .gradient_scale = 0.37f,
+          .weight_decay = 0.013f,
+          .shrink = kernel == UpdateKernel::adam ? 0.999f : 1.0f,
+          .lr = 0.021f,
+          .momentum = 0.9f,
+          .one_minus_dampening = 0.7f,
+          .beta1 = 0.9f,
+          .one_minus_beta1 = 0.1f,
+          .beta2 = 0.999f,
+          .one_minus_beta2 = 0.001f,
+          .root_correction2 = 0.04f,
+          .eps = 1e-8f,
+          .step_size = 0.003f};
+}
+
+void naive_steps(const StepNumbers& numbers, Memory& memory, std::size_t offset,
+                 std::size_t count) {
+  for (std::size_t i = offset; i < offset + count; ++i) {
+    auto& [weights, first, second, third] = memory.arrays;
+    float state[kMaxStateArrays] = {first[i], second[i], third[i]};
+    naive::update_element(numbers, memory.gradient[i], weights[i], state);
+    first[i] = state[0];
+    second[i] = state[1];
+    third[i] = state[2];
+  }
+}
+
+// In place, or into other memory as the journal is.
+void kernel_steps(const UpdateKernels& kernels, const StepNumbers& numbers, Memory& memory,
+                  std::size_t offset, std::size_t count, bool in_place) {
+  Memory after = memory;
+  Memory& to = in_place ? memory : after;
+  StepArrays arrays{.gradient = memory.gradient.data() + offset,
+                    .weights = memory.arrays[0].data() + offset,
+                    .states = {},
+                    .new_weights = to.arrays[0].data() + offset,
+                    .new_states = {},
+                    .count = count};
+  for (int i = 0; i < state_arrays(numbers.kernel); ++i) {
+    const auto k = static_cast<std::size_t>(i);
+    arrays.states[k] = memory.arrays[1 + k].data() + offset;
+    arrays.new_states[k] = to.arrays[1 + k].data() + offset;
+  }
+  kernels.step(numbers.kernel)(numbers, arrays);
+  if (!in_place) memory = after;
+}
+
 TEST(UpdateKernels, EveryInstructionSetGivesTheNaiveBits) {
-  const StepNumbers numbers{.gradient_scale = 0.37f,
-                            .weight_decay = 0.013f,
-                            .shrink = 0.999f,
-                            .lr = 0.021f,
-                            .momentum = 0.9f,
-                            .beta1 = 0.9f,
-                            .one_minus_beta1 = 0.1f,
-                            .beta2 = 0.999f,
-                            .one_minus_beta2 = 0.001f,
-                            .root_correction2 = 0.04f,
-                            .eps = 1e-8f,
-                            .step_size = 0.003f};
-  constexpr std::size_t kRoom = 1100;
-  for (const UpdateKernels& kernels : all_update_kernels()) {
-    if (!kernels.usable) continue;
+  for (std::size_t kernel = 0; kernel < kUpdateKernelCount; ++kernel) {
+    const StepNumbers numbers = some_numbers(static_cast<UpdateKernel>(kernel));
     for (const std::size_t count : {0, 1, 2, 7, 15, 16, 17, 63, 64, 65, 1024, 1031}) {
       for (const std::size_t offset : {0, 1, 3, 16}) {
-        SCOPED_TRACE(testing::Message() << kernels.name << " " << count << " at " << offset);
-        const auto compare = [&](UpdateKernels::Step kernel, auto naive) {
-          Memory expected = random_memory(kRoom);
-          Memory actual = expected;
-          for (int i = 0; i < 3; ++i) {
-            naive(numbers, expected.at(offset, count));
-            kernel(numbers, actual.at(offset, count));
-          }
-          EXPECT_EQ(actual.bits(), expected.bits());
-        };
-        compare(kernels.sgd, [](auto& n, auto a) { naive_sgd(n, a, false, false); });
-        compare(kernels.sgd_momentum, [](auto& n, auto a) { naive_sgd(n, a, true, false); });
-        compare(kernels.sgd_nesterov, [](auto& n, auto a) { naive_sgd(n, a, true, true); });
-        compare(kernels.adam, [](auto& n, auto a) { naive_adam(n, a); });
+        Memory expected = random_memory(1100);
+        const Memory start = expected;
+        for (int i = 0; i < 3; ++i) naive_steps(numbers, expected, offset, count);
+        for (const UpdateKernels& kernels : all_update_kernels()) {
+          if (!kernels.usable) continue;
+          SCOPED_TRACE(testing::Message() << kernels.name << " kernel " << kernel << ": " << count
+                                          << " at " << offset);
+          Memory actual = start;
+          for (int i = 0; i < 3; ++i)
+            kernel_steps(kernels, numbers, actual, offset, count, i % 2 == 0);
+          ASSERT_EQ(actual.bits(), expected.bits());
+        }
       }
     }
   }
   EXPECT_TRUE(update_kernels().usable);
   EXPECT_TRUE(all_update_kernels().front().usable);
+}
+
+TEST(UpdateKernels, EveryInstructionSetAddsSquaresAlikeAndFindsTheLargest) {
+  const Memory memory = random_memory(1100);
+  const float* const values = memory.gradient.data();
+  for (const std::size_t count : {0, 1, 15, 16, 17, 100, 1023, 1024}) {
+    float largest = 0;
+    for (std::size_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
+    for (const UpdateKernels& kernels : all_update_kernels()) {
+      if (!kernels.usable) continue;
+      EXPECT_EQ(kernels.tile_squares(values, count),
+                all_update_kernels().front().tile_squares(values, count));
+      EXPECT_EQ(kernels.magnitude_bits(values, count), std::bit_cast<std::uint32_t>(largest));
+    }
+  }
+}
+
+TEST(MaxMagnitude, IsInfiniteWhereAnythingIsNotFinite) {
+  EXPECT_EQ(max_magnitude({}), 0.0f);
+  for (const float bad : {INFINITY, -INFINITY, NAN, -NAN}) {
+    std::vector<float> values(1000, -2.5f);
+    EXPECT_EQ(max_magnitude(values), 2.5f);
+    values[777] = bad;
+    EXPECT_EQ(max_magnitude(values), INFINITY);
+  }
+}
+
+// --- Options ---
+
+TEST(Options, HaveTorchOptimsDefaultsAndAreChecked) {
+  EXPECT_EQ(OptimizerOptions(AdamW({.lr = 0.5})).weight_decay, 1e-2);
+  EXPECT_EQ(OptimizerOptions(Adagrad{}).eps, 1e-10);
+  EXPECT_EQ(OptimizerOptions(RMSprop{}).lr, 1e-2);
+  for (std::size_t kernel = 0; kernel < kUpdateKernelCount; ++kernel)
+    EXPECT_LE(state_arrays(static_cast<UpdateKernel>(kernel)), kMaxStateArrays);
+  for (const OptimizerOptions& options : std::vector<OptimizerOptions>{
+           SGD{}, SGD{.momentum = 0.9}, Adam{}, AdamW{.amsgrad = true}, Adagrad{}, RMSprop{},
+           RMSprop{.momentum = 0.9}, RMSprop{.centered = true},
+           RMSprop{.momentum = 0.9, .centered = true}}) {
+    EXPECT_NO_THROW(check(options, "group"));
+    EXPECT_EQ(static_cast<int>(state_names(options).size()), state_arrays(kernel_of(options)));
+  }
+  for (const OptimizerOptions& options : std::vector<OptimizerOptions>{
+           SGD{.lr = -1}, SGD{.lr = NAN}, SGD{.momentum = INFINITY}, SGD{.nesterov = true},
+           SGD{.momentum = 0.9, .dampening = 0.1, .nesterov = true}, SGD{.dampening = NAN},
+           Adam{.betas = {1.0, 0.999}}, Adam{.betas = {0.9, -0.1}}, Adam{.eps = -1},
+           Adagrad{.lr_decay = -1}, Adagrad{.initial_accumulator_value = 1e39},
+           RMSprop{.alpha = -0.1}})
+    EXPECT_THROW(check(options, "parameter group 1"), ConfigError);
 }
 
 // --- Sum of squares ---

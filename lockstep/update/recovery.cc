@@ -1,0 +1,68 @@
+#include "lockstep/update/recovery.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "lockstep/base/error.h"
+
+namespace lockstep {
+
+RecoveryState recovery_state(const SharedState& state, const UpdateSpec& spec) {
+  RecoveryState found{.committed = state.committed(), .decided = state.decided()};
+  if (found.decided != found.committed && found.decided != found.committed + 1)
+    throw Error(fmt::format("the shared weights are damaged: step {} is committed, {} decided",
+                            found.committed, found.decided));
+  for (std::uint64_t rank = 0; rank < state.layout().slices; ++rank)
+    found.sealed.push_back(state.sealed(static_cast<int>(rank)));
+  if (found.decided == found.committed) return found;
+  const StepRecord record = state.record(found.decided, spec);
+  found.tiles.assign(record.tiles.span().begin(), record.tiles.span().end());
+  for (std::size_t slice = 0; slice < record.slices(); ++slice)
+    found.progress.push_back(state.progress(slice));
+  return found;
+}
+
+RecoveryPlan plan_recovery(const RecoveryState& state,
+                           std::span<const std::optional<std::size_t>> owned) {
+  LOCKSTEP_CHECK(!owned.empty(), "somebody is left to recover");
+  RecoveryPlan plan;
+  const std::uint64_t next = state.committed + 1;
+  if (state.decided == state.committed) {
+    const auto sealed = std::count(state.sealed.begin(), state.sealed.end(), next);
+    plan.action = sealed != 0 ? RecoveryPlan::Action::discard : RecoveryPlan::Action::nothing;
+    plan.reason = sealed != 0 ? fmt::format(
+                                    "step {} is computed again: {} contributions were "
+                                    "sealed, but it was not decided",
+                                    next, sealed)
+                              : fmt::format("step {} is whole, step {} had not begun to be summed",
+                                            state.committed, next);
+    return plan;
+  }
+  plan.action = RecoveryPlan::Action::finish;
+  std::size_t done = 0;
+  std::size_t orphans = 0;
+  for (std::size_t slice = 0; slice < state.progress.size(); ++slice) {
+    const auto owner = std::find(owned.begin(), owned.end(), std::optional(slice));
+    const bool orphan = owner == owned.end();
+    const std::size_t worker =
+        orphan ? orphans++ % owned.size() : static_cast<std::size_t>(owner - owned.begin());
+    plan.tasks.push_back({.slice = slice, .worker = worker, .orphan = orphan});
+    done += state.progress[slice] == SliceProgress{next, state.tiles[slice + 1], false} ? 1 : 0;
+  }
+  plan.reason = fmt::format(
+      "step {} was decided and is finished: {} of {} slices were whole, {} "
+      "lost their owner",
+      next, done, state.progress.size(), orphans);
+  return plan;
+}
+
+void recover(SliceUpdate& update, const RecoveryPlan& plan, std::size_t me,
+             const Contributions& contributions, const SliceUpdate::Hook& hook) {
+  if (plan.action != RecoveryPlan::Action::finish) return;
+  const StepRecord record = update.state().record(update.state().decided(), update.spec());
+  for (const RecoveryPlan::Task& task : plan.tasks)
+    if (task.worker == me) update.run(record, contributions, task.slice, hook);
+}
+
+}  // namespace lockstep

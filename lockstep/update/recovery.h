@@ -1,0 +1,56 @@
+// What becomes of a step when its workers have died: a decision, as a pure function of what the
+// shared state says, and its execution. docs/shared-weights.md explains why it is right.
+//
+// When: everybody lost is fenced (SIGKILL sent and its exit seen), and everybody left has met in
+// the next generation, so that nobody works on the old step any more. Everybody plans (the plans
+// are equal), executes its part, meets again, and commits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "lockstep/update/slice_update.h"
+
+namespace lockstep {
+
+struct RecoveryState {
+  std::uint64_t committed = 0;
+  std::uint64_t decided = 0;
+  std::vector<std::uint64_t> sealed = {};    // the last step that each old rank sealed
+  std::vector<SliceProgress> progress = {};  // of the decided record's slices; unused otherwise
+  std::vector<std::uint64_t> tiles = {};     // its partition: slices + 1 bounds
+};
+// Throws Error if what the memory says is damaged.
+RecoveryState recovery_state(const SharedState& state, const UpdateSpec& spec);
+
+struct RecoveryPlan {
+  enum class Action {
+    nothing,  // no step was under way
+    discard,  // no weight has changed: forget the contributions, compute the step again
+    finish,   // the step was decided: forward
+  };
+  struct Task {
+    std::size_t slice = 0;
+    std::size_t worker = 0;  // who makes sure that the slice is whole
+    bool orphan = false;     // it replays a dead owner's
+    bool operator==(const Task&) const = default;
+  };
+  Action action = Action::nothing;
+  std::vector<Task> tasks;  // every slice once
+  std::string reason;       // in words
+};
+// owned[w]: the slice that worker w owned, or nothing if it is new. Workers that own a slice finish
+// it; orphaned slices are dealt out in turn.
+RecoveryPlan plan_recovery(const RecoveryState& state,
+                           std::span<const std::optional<std::size_t>> owned);
+
+// Worker `me`'s tasks. Idempotent: if it dies, too, plan again. Contributions are those of the
+// record's ranks, dead or alive.
+void recover(SliceUpdate& update, const RecoveryPlan& plan, std::size_t me,
+             const Contributions& contributions, const SliceUpdate::Hook& hook = {});
+
+}  // namespace lockstep
