@@ -1,8 +1,12 @@
-// "Call me at the end of this backward": one call on the thread that runs backward(), after every
-// gradient of the pass is in its .grad and before backward() returns. What the call throws leaves
-// backward().
+// What happens while backward() runs, as calls on the thread that runs it: one before the pass's
+// first gradient, one for each parameter whose gradient of this pass is in its .grad, and one at
+// the end, before backward() returns. What a call throws leaves backward().
 //
-// Owner: whoever holds the BackwardEnd; the hooks go with it. Threads: as for the module.
+// A pass that fails has no end; the next one begins anew. torch::autograd::grad() is no pass. A
+// pass inside another (backward() called by a node of the graph) is refused with a ConfigError that
+// names a parameter where there is one: which gradients belong to which would not be known.
+//
+// Owner: whoever holds the BackwardHooks; the calls go with it. Threads: as for the module.
 #pragma once
 
 #include <functional>
@@ -14,14 +18,19 @@
 
 namespace lockstep {
 
-class BackwardEnd {
+class BackwardHooks {
  public:
+  struct Calls {
+    std::function<void()> begin = {};
+    std::function<void(std::size_t parameter)> gradient = {};  // its index
+    std::function<void()> end = {};
+  };
   // Watches the parameters, also those that require no gradient yet. Throws ConfigError naming one
   // whose gradient somebody watches already: two owners would both change it.
-  BackwardEnd(std::span<const NamedTensor> parameters, std::function<void()> at_end);
-  ~BackwardEnd();
-  BackwardEnd(const BackwardEnd&) = delete;
-  BackwardEnd& operator=(const BackwardEnd&) = delete;
+  BackwardHooks(std::span<const NamedTensor> parameters, Calls calls);
+  ~BackwardHooks();
+  BackwardHooks(const BackwardHooks&) = delete;
+  BackwardHooks& operator=(const BackwardHooks&) = delete;
 
  private:
   struct State;

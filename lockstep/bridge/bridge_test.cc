@@ -168,14 +168,15 @@ TEST(FlatParameters, GathersSparseGradientsDense) {
   EXPECT_EQ(slot.tensor.sum().item<float>(), 9.0f);
 }
 
-TEST(BackwardEnd, CallsOnceAPassWhenAllGradientsAreThere) {
+TEST(BackwardHooks, CallsOnceAPassWhenAllGradientsAreThere) {
   Net net;
   const auto named = named_parameters(*net);
   int calls = 0;
-  const BackwardEnd hooks(named, [&] {
-    ++calls;
-    for (const NamedTensor& one : named) EXPECT_TRUE(one.tensor.grad().defined()) << one.name;
-  });
+  const BackwardHooks hooks(named, {.end = [&] {
+                              ++calls;
+                              for (const NamedTensor& one : named)
+                                EXPECT_TRUE(one.tensor.grad().defined()) << one.name;
+                            }});
   net->forward(input()).sum().backward();
   EXPECT_EQ(calls, 1);
   (net->forward(input()).sum() + net->forward(input()).sum()).backward();
@@ -185,21 +186,21 @@ TEST(BackwardEnd, CallsOnceAPassWhenAllGradientsAreThere) {
   EXPECT_EQ(calls, 2);
 }
 
-TEST(BackwardEnd, WhatTheCallThrowsLeavesBackward) {
+TEST(BackwardHooks, WhatTheCallThrowsLeavesBackward) {
   Net net;
   bool fail = true;
-  const BackwardEnd hooks(named_parameters(*net), [&] {
-    if (fail) throw CommError("rank 1 is gone");
-  });
+  const BackwardHooks hooks(named_parameters(*net), {.end = [&] {
+                              if (fail) throw CommError("rank 1 is gone");
+                            }});
   EXPECT_THROW(net->forward(input()).sum().backward(), CommError);
   fail = false;
   EXPECT_NO_THROW(net->forward(input()).sum().backward());
 }
 
-TEST(BackwardEnd, APassThatFailsDoesNotSilenceTheNext) {
+TEST(BackwardHooks, APassThatFailsDoesNotSilenceTheNext) {
   Net net;
   int calls = 0;
-  const BackwardEnd hooks(named_parameters(*net), [&] { ++calls; });
+  const BackwardHooks hooks(named_parameters(*net), {.end = [&] { ++calls; }});
   at::Tensor hidden = net->first(input());
   hidden.register_hook([](const at::Tensor&) { throw Error("a hook of the user's fails"); });
   EXPECT_ANY_THROW(net->second(hidden).sum().backward());
@@ -208,23 +209,23 @@ TEST(BackwardEnd, APassThatFailsDoesNotSilenceTheNext) {
   EXPECT_EQ(calls, 1);
 }
 
-TEST(BackwardEnd, WatchesFrozenParametersFromTheStart) {
+TEST(BackwardHooks, WatchesFrozenParametersFromTheStart) {
   Net net;
   for (auto& parameter : net->parameters()) parameter.set_requires_grad(false);
   int calls = 0;
-  const BackwardEnd hooks(named_parameters(*net), [&] { ++calls; });
+  const BackwardHooks hooks(named_parameters(*net), {.end = [&] { ++calls; }});
   net->scale.set_requires_grad(true);
   net->forward(input()).sum().backward();
   EXPECT_EQ(calls, 1);
 }
 
-TEST(BackwardEnd, OneOwnerAtATime) {
+TEST(BackwardHooks, OneOwnerAtATime) {
   Net net;
   int calls = 0;
   {
-    const BackwardEnd hooks(named_parameters(*net), [&] { ++calls; });
+    const BackwardHooks hooks(named_parameters(*net), {.end = [&] { ++calls; }});
     try {
-      const BackwardEnd again(named_parameters(*net), [] {});
+      const BackwardHooks again(named_parameters(*net), {.end = [] {}});
       FAIL() << "two owners";
     } catch (const ConfigError& error) {
       EXPECT_THAT(error.what(), HasSubstr("'scale'"));
@@ -232,7 +233,7 @@ TEST(BackwardEnd, OneOwnerAtATime) {
   }
   net->forward(input()).sum().backward();
   EXPECT_EQ(calls, 0);
-  const BackwardEnd next(named_parameters(*net), [&] { ++calls; });
+  const BackwardHooks next(named_parameters(*net), {.end = [&] { ++calls; }});
   net->forward(input()).sum().backward();
   EXPECT_EQ(calls, 1);
 }

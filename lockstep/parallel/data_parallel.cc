@@ -3,146 +3,23 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <exception>
+#include <string>
 #include <vector>
 
 #include "lockstep/base/error.h"
-#include "lockstep/base/hash.h"
 #include "lockstep/bridge/backward_hooks.h"
-#include "lockstep/bridge/dtypes.h"
+#include "lockstep/bridge/direct_gradients.h"
 #include "lockstep/bridge/flat_parameters.h"
+#include "lockstep/parallel/gradient_buckets.h"
+#include "lockstep/parallel/pass_record.h"
+#include "lockstep/parallel/same_module.h"
 
 namespace lockstep {
 namespace {
-
-// --- Is it the same module on every rank? ---
-
-std::string describe(std::string_view kind, const NamedTensor& one) {
-  const at::Tensor& t = one.tensor;
-  return fmt::format("{} '{}' {} [{}] on {}{}", kind, one.name, c10::toString(t.scalar_type()),
-                     fmt::join(t.sizes(), ", "), t.device().str(),
-                     t.requires_grad() ? " with gradient" : "");
-}
-
-using Digest = std::array<char, 64>;
-Digest digest_of(std::string_view text) {
-  Digest digest;
-  const std::string hex = sha256_hex(std::as_bytes(std::span(text)));
-  std::copy_n(hex.begin(), digest.size(), digest.begin());
-  return digest;
-}
-
-// Every rank's `mine`, in order of rank.
-template <typename T>
-std::vector<T> gather(Group& group, std::span<const T> mine, std::string_view tag) {
-  std::vector<T> all(mine.size() * static_cast<std::size_t>(group.size()));
-  group.all_gather(std::as_bytes(mine), std::as_writable_bytes(std::span(all)), Dtype::uint8,
-                   {.tag = tag});
-  return all;
-}
-
-// The digests of all descriptions, and how many there are.
-struct Fingerprint {
-  std::uint64_t count = 0;
-  Digest digest{};
-  bool operator==(const Fingerprint&) const = default;
-};
-
-// Finds the first description that differs between ranks and throws ConfigError with both. All
-// ranks end up here together, and throw the same.
-[[noreturn]] void throw_difference(Group& group, const std::vector<std::string>& descriptions,
-                                   std::span<const Fingerprint> fingerprints) {
-  std::uint64_t common = descriptions.size();
-  for (const Fingerprint& one : fingerprints) common = std::min(common, one.count);
-  std::vector<Digest> digests;
-  for (std::size_t i = 0; i < common; ++i) digests.push_back(digest_of(descriptions[i]));
-  std::size_t first = common;
-  if (common > 0) {
-    const std::vector<Digest> all = gather<Digest>(group, digests, "module description");
-    for (std::size_t i = 0; i < all.size(); ++i)
-      if (all[i] != all[i % common]) first = std::min<std::size_t>(first, i % common);
-  }
-  using Text = std::array<char, 256>;
-  Text mine{};
-  const std::string text = first < descriptions.size() ? descriptions[first] : "nothing there";
-  std::copy_n(text.begin(), std::min(text.size(), mine.size() - 1), mine.begin());
-  const std::vector<Text> texts = gather<Text>(group, {&mine, 1}, "module description");
-  const auto other = std::find_if(texts.begin(), texts.end(),
-                                  [&](const Text& one) { return one != texts.front(); });
-  throw ConfigError(
-      fmt::format("data_parallel: the module differs between ranks: rank 0 has {}, rank {} has {}",
-                  texts.front().data(), other - texts.begin(),
-                  other == texts.end() ? "the same" : other->data()),
-      "build the same module, in the same order, on every rank");
-}
-
-void check_same_module(Group& group, std::span<const NamedTensor> parameters,
-                       std::span<const NamedTensor> buffers) {
-  std::vector<std::string> descriptions;
-  for (const NamedTensor& one : parameters) descriptions.push_back(describe("parameter", one));
-  for (const NamedTensor& one : buffers) descriptions.push_back(describe("buffer", one));
-  const Fingerprint mine{descriptions.size(),
-                         digest_of(fmt::format("{}", fmt::join(descriptions, "\n")))};
-  const auto all = gather<Fingerprint>(group, {&mine, 1}, "module description");
-  if (std::any_of(all.begin(), all.end(), [&](const auto& one) { return one != all.front(); }))
-    throw_difference(group, descriptions, all);
-}
-
-void broadcast_values(Group& group, std::span<const NamedTensor> tensors) {
-  const at::NoGradGuard no_grad;
-  for (const NamedTensor& one : tensors) {
-    if (one.tensor.layout() != at::kStrided || !one.tensor.device().is_cpu())
-      throw ConfigError(
-          fmt::format("data_parallel: '{}' is not a dense tensor on the CPU", one.name),
-          "move the module to the CPU");
-    const at::Tensor dense = one.tensor.data().contiguous();
-    if (dense.nbytes() == 0) continue;
-    group.broadcast(bytes_of(dense), Dtype::uint8, 0, {.tag = one.name});
-    if (!one.tensor.is_contiguous()) one.tensor.data().copy_(dense);
-  }
-}
-
-// --- Memory ---
-
-// The gradients of one dtype, reduced together.
-struct Bucket {
-  std::vector<at::Tensor> parameters;
-  ParameterLayout layout;
-  std::span<std::byte> memory;
-  at::Tensor flat;                // all of it
-  std::vector<at::Tensor> views;  // one for each parameter
-};
-
-std::vector<Bucket> make_buckets(const World& world, std::span<const NamedTensor> parameters) {
-  std::vector<Bucket> buckets;
-  std::vector<std::vector<NamedTensor>> of_dtype(kDtypeCount);
-  for (const NamedTensor& one : parameters) {
-    const std::optional<Dtype> dtype = dtype_from(one.tensor.scalar_type());
-    if (!dtype || !is_floating_point(*dtype))
-      throw ConfigError(fmt::format("data_parallel: parameter '{}' is {}: it cannot be averaged",
-                                    one.name, c10::toString(one.tensor.scalar_type())));
-    of_dtype[static_cast<std::size_t>(*dtype)].push_back(one);
-  }
-  const auto keep = std::make_shared<World>(world);  // .grad may outlive the caller's world
-  for (const auto& group : of_dtype) {
-    if (group.empty()) continue;
-    Bucket bucket;
-    bucket.parameters = tensors_of(group);
-    bucket.layout = make_layout(group, *dtype_from(group.front().tensor.scalar_type()));
-    bucket.memory = world.group().allocate(bucket.layout.bytes(), "gradients");
-    bucket.flat =
-        at::from_blob(bucket.memory.data(), {static_cast<std::int64_t>(bucket.layout.total)},
-                      at::TensorOptions().dtype(scalar_type_from(bucket.layout.dtype)));
-    for (std::size_t i = 0; i < group.size(); ++i)
-      bucket.views.push_back(view_of(bucket.memory, bucket.layout, i, keep));
-    buckets.push_back(std::move(bucket));
-  }
-  return buckets;
-}
 
 // A module's buffers, of any types, as one message.
 class BufferBroadcast {
@@ -159,13 +36,13 @@ class BufferBroadcast {
                                       buffers[i].tensor.sizes(), buffers[i].tensor.options()));
     }
   }
-  void run(Group& group) {
+  void run(Group& group, int root) {
     if (memory_.empty()) return;
     // .data(): a graph that is kept for a second backward must not see its buffers as changed.
-    for (std::size_t i = 0; group.rank() == 0 && i < buffers_.size(); ++i)
+    for (std::size_t i = 0; group.rank() == root && i < buffers_.size(); ++i)
       staged_[i].copy_(buffers_[i].data());
-    group.broadcast(memory_, Dtype::uint8, 0, {.tag = "buffers"});
-    for (std::size_t i = 0; group.rank() != 0 && i < buffers_.size(); ++i)
+    group.broadcast(memory_, Dtype::uint8, root, {.tag = "buffers"});
+    for (std::size_t i = 0; group.rank() != root && i < buffers_.size(); ++i)
       buffers_[i].data().copy_(staged_[i]);
   }
 
@@ -175,94 +52,257 @@ class BufferBroadcast {
   std::vector<at::Tensor> staged_;
 };
 
+// The first rank that still has batches; the world's size where none has.
+int first_active(std::span<const PassRecord> records) {
+  const auto first = std::find_if(records.begin(), records.end(),
+                                  [](const PassRecord& one) { return one.active; });
+  return static_cast<int>(first - records.begin());
+}
+
 }  // namespace
 
-// --- A backward's end ---
+// --- A backward pass ---
+//
+// Every rank makes the same calls on the group in every pass, whatever its own backward did and in
+// whatever order its gradients came:
+//   records, bucket 0, bucket 1, …, records again if there are several buckets, last bucket,
+//   buffers
+// The records before bucket 0 say what each rank's gradients count for. Those before the last
+// bucket say what each rank used: then all its gradients have come, or its backward is over.
 
 struct Replica::State {
   World world;
+  DataParallelOptions options;
   double weight = 1;
-  std::vector<Bucket> buckets;
-  std::vector<NamedTensor> frozen;
-  std::optional<BufferBroadcast> buffers;
-  std::vector<double> usage;  // the weight, then 1 for each parameter with a gradient
-  std::optional<BackwardEnd> hooks;
+  int no_sync = 0;                  // guards that live
+  std::optional<JoinOptions> join;  // while a guard lives
+  int authority = -1;               // in a join: whose parameters all get in the end, if any
 
-  explicit State(World w) : world(std::move(w)) {}
+  std::vector<NamedTensor> parameters, buffers;
+  std::vector<bool> trained;                                   // by parameter
+  std::vector<std::pair<std::size_t, std::size_t>> bucket_of;  // by parameter: bucket, place in it
+  std::vector<GradientBucket> buckets;
+  std::optional<BufferBroadcast> broadcast;
 
-  void average() {
+  PassRecord mine;                  // `used` since the last average
+  std::vector<PassRecord> records;  // the latest of all ranks
+  bool announced = false;           // the pass's first records are there
+  bool equal_weights = true;
+  double total_weight = 0;
+  std::vector<bool> arrived;      // by parameter: lies in its bucket
+  std::vector<at::Tensor> prior;  // by parameter: what .grad was, if this pass didn't touch it
+  std::size_t next = 0;           // bucket to reduce
+  std::optional<DirectGradients> direct;
+  std::optional<BackwardHooks> hooks;
+
+  State(const World& w, const DataParallelOptions& o) : world(w), options(o) {}
+
+  GradientPlace& place(std::size_t parameter) {
+    const auto [bucket, index] = bucket_of[parameter];
+    return buckets[bucket].places[index];
+  }
+
+  void begin() {
+    arrived.assign(parameters.size(), false);
+    prior.assign(parameters.size(), {});
+    for (GradientBucket& bucket : buckets) bucket.missing = bucket.places.size();
+    next = 0;
+    announced = false;
+  }
+
+  void gradient(std::size_t parameter) {
+    mine.used[parameter] = true;
+    if (!trained[parameter])
+      note(GradientProblem::frozen, parameter);
+    else if (no_sync == 0)
+      collect(parameter);
+  }
+
+  void end() {
+    if (no_sync > 0) return;
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+      if (!trained[i] || arrived[i]) continue;
+      const bool keep = !mine.used[i] && parameters[i].tensor.grad().defined();
+      if (keep) prior[i] = parameters[i].tensor.grad().detach().clone();
+      collect(i);
+    }
+    finish();
+  }
+
+  void note(GradientProblem problem, std::size_t parameter) {
+    mine.problem = problem;
+    mine.parameter = static_cast<std::uint32_t>(parameter);
+  }
+
+  void collect(std::size_t parameter) {
+    if (const at::Tensor& gradient = parameters[parameter].tensor.grad();
+        gradient.defined() && gradient.requires_grad()) {
+      note(GradientProblem::has_graph, parameter);
+      place(parameter).clear();
+    } else {
+      place(parameter).collect();
+    }
+    arrive(parameter);
+  }
+
+  void arrive(std::size_t parameter) {
+    arrived[parameter] = true;
+    --buckets[bucket_of[parameter].first].missing;
+    while (next < buckets.size() && buckets[next].missing == 0) reduce(next++);
+  }
+
+  void reduce(std::size_t index) {
     const at::NoGradGuard no_grad;
-    Group& group = world.group();
-    contribute();
-    group.all_reduce(std::as_writable_bytes(std::span(usage)), Dtype::float64, Reduction::sum,
-                     {.tag = "gradient weights"});
-    const double total = usage.front();
-    if (total == 0)
+    if (!announced) announce();
+    if (index + 1 == buckets.size()) {
+      if (index > 0) meet();
+      if (!options.find_unused_parameters) check_used();
+    }
+    GradientBucket& bucket = buckets[index];
+    if (!equal_weights && mine.weight == 0)
+      bucket.flat.zero_();  // not times 0, which keeps what is not finite
+    else if (!equal_weights && mine.weight != 1)
+      bucket.flat.mul_(mine.weight);
+    world.group().all_reduce(bucket.memory, bucket.dtype,
+                             equal_weights ? Reduction::mean : Reduction::sum,
+                             {.tag = bucket.label});
+    if (!equal_weights) bucket.flat.div_(total_weight);
+  }
+
+  // The pass's first records: who takes part, with what weight.
+  void announce() {
+    announced = true;
+    mine.weight = mine.active || join->divide_by_initial_world_size ? weight : 0;
+    meet();
+    const auto active =
+        std::count_if(records.begin(), records.end(), [](const auto& one) { return one.active; });
+    if (active == 0) return;
+    if (join && join->throw_on_early_termination && active < world.size())
+      throw Error(
+          "data_parallel: a rank ran out of batches before the others (join with "
+          "throw_on_early_termination)");
+    total_weight = 0;
+    equal_weights = true;
+    for (const PassRecord& one : records) {
+      total_weight += one.weight;
+      equal_weights = equal_weights && one.weight == records.front().weight;
+    }
+    if (total_weight == 0)
       throw ConfigError("data_parallel: the weight is 0 on every rank: no average exists",
                         "leave out a step that no rank has samples for");
-    for (Bucket& bucket : buckets) {
-      group.all_reduce(bucket.memory, bucket.layout.dtype, Reduction::sum, {.tag = "gradients"});
-      bucket.flat.div_(total);
-    }
-    hand_out();
-    if (buffers) buffers->run(group);
   }
 
-  // This rank's gradients, times its weight, into the buckets.
-  void contribute() {
-    for (const auto& [name, tensor] : frozen)
-      if (tensor.grad().defined())
-        throw ConfigError(
-            fmt::format("data_parallel: parameter '{}' has a gradient, but required none when the "
-                        "module was wrapped: it would not be averaged",
-                        name),
-            "call data_parallel after requires_grad is set");
-    usage.assign(1, weight);
-    for (Bucket& bucket : buckets) {
-      std::vector<at::Tensor> gradients;
-      for (std::size_t i = 0; i < bucket.parameters.size(); ++i) {
-        const at::Tensor& gradient = bucket.parameters[i].grad();
-        if (gradient.defined() && gradient.requires_grad())
-          throw ConfigError(
-              fmt::format("data_parallel: the gradient of parameter '{}' has a graph of its own "
-                          "(create_graph), which averaging would cut",
-                          bucket.layout.entries[i].name),
-              "take derivatives of gradients with torch::autograd::grad");
-        gradients.push_back(gradient);
-        usage.push_back(gradient.defined() ? 1 : 0);
+  void meet() {
+    records = exchange(world.group(), mine);
+    if (std::all_of(records.begin(), records.end(),
+                    [](const auto& one) { return one.problem == GradientProblem::none; }))
+      return;
+    mine.problem = GradientProblem::none;
+    mine.used.assign(parameters.size(), false);
+    check_problems(records, parameters);
+  }
+
+  void check_used() {
+    try {
+      check_all_used(records, parameters, trained);
+    } catch (...) {
+      mine.used.assign(parameters.size(), false);
+      throw;
+    }
+  }
+
+  void finish() {
+    const at::NoGradGuard no_grad;
+    std::vector<at::Tensor> places;
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+      if (!trained[i]) continue;
+      if (std::any_of(records.begin(), records.end(), [i](const auto& one) { return one.used[i]; }))
+        place(i).hand_out();
+      else if (prior[i].defined())
+        parameters[i].tensor.mutable_grad().copy_(prior[i]);
+      places.push_back(place(i).view());
+    }
+    direct->set_places(places);
+    prior.clear();
+    mine.used.assign(parameters.size(), false);
+    const int first = first_active(records);
+    if (join)
+      authority = std::all_of(records.begin(), records.end(), [](auto& one) { return one.active; })
+                      ? -1
+                      : first;
+    if (broadcast) broadcast->run(world.group(), first);
+  }
+
+  // Zeros for the others' passes until nobody has any more.
+  void shadow() {
+    for (std::size_t i = 0; i < parameters.size(); ++i)
+      if (const at::Tensor& gradient = parameters[i].tensor.grad();
+          mine.used[i] && gradient.defined() && gradient.any().item<bool>())
+        note(GradientProblem::left_over, i);
+    mine.used.assign(parameters.size(), false);
+    mine.active = false;
+    while (true) {
+      begin();
+      announce();
+      if (first_active(records) == world.size()) break;
+      for (std::size_t i = 0; i < parameters.size(); ++i) {
+        if (!trained[i]) continue;
+        place(i).clear();
+        arrive(i);
       }
-      copy_into(bucket.memory, bucket.layout, gradients);
-      if (weight == 0)
-        bucket.flat.zero_();  // not times 0, which keeps what is not finite
-      else if (weight != 1)
-        bucket.flat.mul_(weight);
+      finish();
+      if (join->after_shadow_backward) join->after_shadow_backward();
     }
-  }
-
-  void hand_out() {
-    std::size_t index = 1;
-    for (Bucket& bucket : buckets)
-      for (std::size_t i = 0; i < bucket.parameters.size(); ++i, ++index)
-        if (usage[index] > 0) bucket.parameters[i].mutable_grad() = bucket.views[i];
+    if (authority < 0) return;
+    broadcast_values(world.group(), parameters, authority);
+    broadcast_values(world.group(), buffers, authority);
   }
 };
 
 Replica::Replica(torch::nn::Module& module, const World& world, const DataParallelOptions& options)
-    : state_(std::make_unique<State>(world)) {
+    : state_(std::make_unique<State>(world, options)) {
+  if (options.bucket_cap_mb && !(*options.bucket_cap_mb > 0))
+    throw ConfigError(
+        fmt::format("data_parallel: bucket_cap_mb {} is out of range", *options.bucket_cap_mb),
+        "a size in MiB such as 25, or unset for one bucket");
   if (world.size() == 1) return;  // its gradients are the average
-  const std::vector<NamedTensor> parameters = named_parameters(module);
-  const std::vector<NamedTensor> buffers = named_buffers(module);
+  State& state = *state_;
+  state.parameters = named_parameters(module);
+  state.buffers = named_buffers(module);
   Group& group = world.group();
-  check_same_module(group, parameters, buffers);
-  broadcast_values(group, parameters);
-  broadcast_values(group, buffers);
+  check_same_module(group, state.parameters, state.buffers);
+  broadcast_values(group, state.parameters);
+  broadcast_values(group, state.buffers);
 
   std::vector<NamedTensor> trained;
-  for (const NamedTensor& one : parameters)
-    (one.tensor.requires_grad() ? trained : state_->frozen).push_back(one);
-  state_->buckets = make_buckets(world, trained);
-  if (options.broadcast_buffers) state_->buffers.emplace(group, buffers);
-  state_->hooks.emplace(parameters, [state = state_.get()] { state->average(); });
+  std::vector<std::size_t> index;  // of each among all parameters
+  for (std::size_t i = 0; i < state.parameters.size(); ++i) {
+    state.trained.push_back(state.parameters[i].tensor.requires_grad());
+    if (!state.trained[i]) continue;
+    trained.push_back(state.parameters[i]);
+    index.push_back(i);
+  }
+  state.hooks.emplace(state.parameters,
+                      BackwardHooks::Calls{[&state] { state.begin(); },
+                                           [&state](std::size_t i) { state.gradient(i); },
+                                           [&state] { state.end(); }});
+  std::optional<std::size_t> cap_bytes;
+  if (options.bucket_cap_mb)
+    cap_bytes = static_cast<std::size_t>(std::ceil(*options.bucket_cap_mb * (1 << 20)));
+  // .grad may outlive the caller's world.
+  state.buckets = make_buckets(group, std::make_shared<World>(world), trained, cap_bytes);
+  state.bucket_of.resize(state.parameters.size());
+  std::vector<at::Tensor> places(trained.size());
+  for (std::size_t b = 0; b < state.buckets.size(); ++b)
+    for (std::size_t i = 0; i < state.buckets[b].parameters.size(); ++i) {
+      const std::size_t one = state.buckets[b].parameters[i];
+      state.bucket_of[index[one]] = {b, i};
+      places[one] = state.buckets[b].places[i].view();
+    }
+  state.direct.emplace(tensors_of(trained));
+  state.direct->set_places(places);
+  if (options.broadcast_buffers) state.broadcast.emplace(group, state.buffers);
+  state.mine.used.assign(state.parameters.size(), false);
 }
 
 Replica::~Replica() = default;
@@ -272,6 +312,42 @@ void Replica::set_weight(double weight) {
     throw ConfigError(fmt::format("data_parallel: weight {} is out of range", weight),
                       "a weight is finite and not negative, such as the number of samples");
   state_->weight = weight;
+}
+
+NoSync::NoSync(std::shared_ptr<Replica> replica) : replica_(std::move(replica)) {
+  ++replica_->state_->no_sync;
+}
+
+NoSync::~NoSync() { --replica_->state_->no_sync; }
+
+Join::Join(std::shared_ptr<Replica> replica, JoinOptions options)
+    : replica_(std::move(replica)), exceptions_(std::uncaught_exceptions()) {
+  Replica::State& state = *replica_->state_;
+  if (state.join)
+    throw ConfigError("data_parallel: join() while another guard lives",
+                      "one guard around the whole loop");
+  state.join = std::move(options);
+  state.authority = -1;
+}
+
+Join::~Join() noexcept(false) {
+  if (std::uncaught_exceptions() == exceptions_)
+    finish();
+  else
+    replica_->state_->join.reset();
+}
+
+void Join::finish() {
+  Replica::State& state = *replica_->state_;
+  if (!state.join) return;
+  const struct End {
+    Replica::State& state;
+    ~End() {
+      state.mine.active = true;
+      state.join.reset();
+    }
+  } end{state};
+  if (state.world.size() > 1) state.shadow();
 }
 
 }  // namespace lockstep

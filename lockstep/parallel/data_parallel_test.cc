@@ -218,7 +218,7 @@ struct BranchesImpl : torch::nn::Module {
 TEST(DataParallel, UnusedParametersContributeZeroOrStayUndefined) {
   run_ranks(3, [](const World& world) {
     const auto net = std::make_shared<BranchesImpl>();  // a shared_ptr serves as well as a holder
-    auto model = data_parallel(net, world);
+    auto model = data_parallel(net, world, {.find_unused_parameters = true});
     for (int step = 0; step < 2; ++step) {
       net->zero_grad();
       model(world.rank() % 2 == 0).backward();
@@ -234,7 +234,7 @@ TEST(DataParallel, UnusedParametersContributeZeroOrStayUndefined) {
 TEST(DataParallel, WeightZeroContributesNothing) {
   run_ranks(2, [](const World& world) {
     const auto net = std::make_shared<BranchesImpl>();
-    auto model = data_parallel(net, world);
+    auto model = data_parallel(net, world, {.find_unused_parameters = true});
     model.set_weight(world.rank() == 0 ? 0 : 5);
     (model->forward(true) / world.rank()).backward();  // infinite on rank 0
     EXPECT_TRUE(at::equal(net->named_parameters()["all"].grad(), at::full({3}, 2.0)));
