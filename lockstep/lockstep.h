@@ -5,3 +5,4 @@
 #include "lockstep/core.h"
 #include "lockstep/parallel/data_loader.h"
 #include "lockstep/parallel/data_parallel.h"
+#include "lockstep/parallel/distributed_sampler.h"

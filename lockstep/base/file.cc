@@ -105,12 +105,13 @@ void write_file_atomically(const fs::path& path,
     if (const int error = write_all(temporary.fd(), piece)) throw cannot("write", path, error);
   if (::fsync(temporary.fd()) != 0) throw cannot("write", path, errno);
   if (const int error = temporary.rename_to(path)) throw cannot("write", path, error);
-  // The rename itself is durable once the folder is.
-  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
-  UniqueFd folder_fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  // A folder that may be written but not read can't be synced; the file is whole all the same.
-  if (folder_fd && ::fsync(folder_fd.get()) != 0 && errno != EINVAL)
-    throw cannot("write", path, errno);
+  sync_folder(path.parent_path());  // the rename itself is durable once the folder is
+}
+
+void sync_folder(const fs::path& folder) {
+  const fs::path path = folder.empty() ? fs::path(".") : folder;
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (fd && ::fsync(fd.get()) != 0 && errno != EINVAL) throw cannot("write", path, errno);
 }
 
 void write_file_atomically(const fs::path& path, std::string_view text) {

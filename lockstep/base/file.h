@@ -42,6 +42,10 @@ void write_file_atomically(const std::filesystem::path& path,
                            std::span<const std::span<const std::byte>> pieces);
 void write_file_atomically(const std::filesystem::path& path, std::string_view text);
 
+// Makes what was created in, renamed in or removed from a folder durable. A folder that may be
+// written but not read can't be synced, which is no failure. Throws Error.
+void sync_folder(const std::filesystem::path& folder);
+
 // Writes all bytes to a descriptor, going on after EINTR and short writes. Returns 0 or the errno.
 int write_all(int fd, std::span<const std::byte> bytes);
 

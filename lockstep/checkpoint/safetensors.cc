@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
-#include <optional>
 
 #include "lockstep/base/bytes.h"
 #include "lockstep/base/error.h"
@@ -19,19 +18,6 @@ using nlohmann::json;
 constexpr std::uint64_t kMostHeaderBytes = 100'000'000;  // the format's own limit
 constexpr std::size_t kAlignment = 64;
 constexpr std::string_view kMetadata = "__metadata__";
-
-// Bytes of a tensor, or nothing where that doesn't fit 64 bits.
-std::optional<std::uint64_t> byte_count(const std::vector<std::int64_t>& shape, Dtype dtype) {
-  std::optional<std::uint64_t> count = size_of(dtype);
-  for (const std::int64_t extent : shape)
-    if (count) count = checked_multiply(*count, static_cast<std::uint64_t>(extent));
-  return count;
-}
-
-// For messages: a name from a file, on one line and not too long.
-std::string shown(std::string_view name) {
-  return json(name.substr(0, 80)).dump(-1, ' ', true, json::error_handler_t::replace);
-}
 
 struct Entry {
   TensorView view;
@@ -61,7 +47,7 @@ std::optional<Entry> read_entry(const std::string& name, const json& value,
     return wrong("needs a dtype, a shape and two data_offsets");
   const auto dtype = dtype_from_name(dtype_name.get<std::string>());
   if (!dtype || safetensors_name_of(*dtype) != dtype_name.get<std::string>())
-    return wrong("unknown dtype " + shown(dtype_name.get<std::string>()));
+    return wrong("unknown dtype " + shown_name(dtype_name.get<std::string>()));
 
   Entry entry;
   entry.view.name = name;
@@ -81,6 +67,17 @@ std::optional<Entry> read_entry(const std::string& name, const json& value,
 
 }  // namespace
 
+std::optional<std::uint64_t> byte_count(const std::vector<std::int64_t>& shape, Dtype dtype) {
+  std::optional<std::uint64_t> count = size_of(dtype);
+  for (const std::int64_t extent : shape)
+    if (count) count = checked_multiply(*count, static_cast<std::uint64_t>(extent));
+  return count;
+}
+
+std::string shown_name(std::string_view name) {
+  return json(name.substr(0, 80)).dump(-1, ' ', true, json::error_handler_t::replace);
+}
+
 std::string write_safetensors(const std::filesystem::path& path, std::vector<TensorView> tensors) {
   std::sort(tensors.begin(), tensors.end(),
             [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
@@ -91,7 +88,7 @@ std::string write_safetensors(const std::filesystem::path& path, std::vector<Ten
     LOCKSTEP_CHECK(byte_count(tensor.shape, tensor.dtype) == tensor.bytes.size(), tensor.name);
     if (tensor.name == kMetadata || header.contains(tensor.name))
       throw Error(fmt::format("cannot write {}: the tensor name {} is {}", path.string(),
-                              shown(tensor.name),
+                              shown_name(tensor.name),
                               tensor.name == kMetadata ? "reserved" : "there twice"));
     header[tensor.name] = {{"dtype", safetensors_name_of(tensor.dtype)},
                            {"shape", tensor.shape},
@@ -147,7 +144,7 @@ SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string
     if (name == kMetadata) continue;
     std::string why;
     auto entry = read_entry(name, value, data.size(), why);
-    if (!entry) throw bad(fmt::format("tensor {}: {}", shown(name), why));
+    if (!entry) throw bad(fmt::format("tensor {}: {}", shown_name(name), why));
     entry->view.bytes = data.subspan(entry->begin, entry->end - entry->begin);
     entries.push_back(std::move(*entry));
   }
@@ -158,7 +155,7 @@ SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string
   std::uint64_t covered = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != covered)
-      throw bad(fmt::format("tensor {}: {}", shown(entry.view.name),
+      throw bad(fmt::format("tensor {}: {}", shown_name(entry.view.name),
                             entry.begin < covered ? "overlaps another" : "follows a gap"));
     covered = entry.end;
   }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -21,6 +22,11 @@ struct TensorView {
   std::vector<std::int64_t> shape;   // empty: a scalar
   std::span<const std::byte> bytes;  // row-major
 };
+
+// Bytes of a tensor of non-negative extents, or nothing where that doesn't fit 64 bits.
+std::optional<std::uint64_t> byte_count(const std::vector<std::int64_t>& shape, Dtype dtype);
+// For messages: a name from a file, in quotes, on one line and not too long.
+std::string shown_name(std::string_view name);
 
 // Tensors sorted by name, header without metadata and padded with spaces so that data begins
 // 64-byte aligned: the same tensors give the same bytes. Whole or not at all. Throws Error. Returns

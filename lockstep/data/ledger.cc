@@ -1,6 +1,7 @@
 #include "lockstep/data/ledger.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
@@ -31,16 +32,12 @@ std::uint64_t Permutation::operator()(std::uint64_t position) const {
   return value;
 }
 
-PositionRange even_part(std::uint64_t count, std::uint64_t parts, std::uint64_t part) {
-  LOCKSTEP_CHECK(part < parts);
-  const std::uint64_t each = count / parts;
-  const std::uint64_t larger = count % parts;  // so many parts hold one more
-  const std::uint64_t begin = part * each + std::min(part, larger);
-  return {begin, begin + each + (part < larger ? 1 : 0)};
-}
-
-Ledger::Ledger(const Options& options) : options_(options) {
-  LOCKSTEP_CHECK(options.samples > 0 && options.global_batch_size > 0 && options.virtual_ranks > 0);
+Ledger::Ledger(Options options) : options_(std::move(options)) {
+  LOCKSTEP_CHECK(options_.samples > 0 && options_.global_batch_size > 0 &&
+                 options_.virtual_ranks > 0);
+  table_ = std::make_shared<const PartitionTable>(
+      std::exchange(options_.partition, {}), options_.samples,
+      static_cast<std::uint64_t>(options_.virtual_ranks), steps_per_epoch());
 }
 
 std::uint64_t Ledger::steps_per_epoch() const {
@@ -50,17 +47,41 @@ std::uint64_t Ledger::steps_per_epoch() const {
 
 std::uint64_t Ledger::batch_size(std::uint64_t step) const {
   LOCKSTEP_CHECK(step < steps_per_epoch());
-  return std::min(options_.global_batch_size, options_.samples - step * options_.global_batch_size);
+  if (!table_->by_virtual_rank())
+    return std::min(options_.global_batch_size,
+                    options_.samples - step * options_.global_batch_size);
+  std::uint64_t size = 0;
+  for (int v = 0; v < options_.virtual_ranks; ++v) size += positions(step, v).size();
+  return size;
 }
 
 PositionRange Ledger::positions(std::uint64_t step, int virtual_rank) const {
+  const auto v = static_cast<std::uint64_t>(virtual_rank);
+  if (table_->by_virtual_rank()) return table_->positions(step, v);
   const std::uint64_t first = step * options_.global_batch_size;
-  const auto parts = static_cast<std::uint64_t>(options_.virtual_ranks);
-  const auto part = even_part(batch_size(step), parts, static_cast<std::uint64_t>(virtual_rank));
+  const auto part =
+      even_part(batch_size(step), static_cast<std::uint64_t>(options_.virtual_ranks), v);
   return {first + part.begin, first + part.end};
 }
 
-Ledger::Epoch::Epoch(const Options& options, std::uint64_t epoch)
-    : permutation_(options.samples, mix({options.seed, epoch})), shuffle_(options.shuffle) {}
+Ledger::Epoch Ledger::epoch(std::uint64_t number) const {
+  Epoch epoch;
+  epoch.table_ = table_;
+  const std::uint64_t key = mix({options_.seed, number});
+  epoch.draws_ = key;
+  if (!options_.shuffle || table_->weighted()) return epoch;
+  const std::uint64_t groups = table_->groups();
+  for (std::uint64_t group = 0; group < groups; ++group)  // an empty one is never asked
+    epoch.permutations_.emplace_back(std::max<std::uint64_t>(1, table_->group_size(group)),
+                                     groups == 1 ? key : mix({options_.seed, number, group}));
+  return epoch;
+}
+
+std::uint64_t Ledger::Epoch::index(std::uint64_t position) const {
+  if (table_->weighted()) return table_->draw(mix({draws_, position}));
+  PartitionTable::Place place = table_->place_of(position);
+  if (!permutations_.empty()) place.place = permutations_[place.group](place.place);
+  return table_->sample(place);
+}
 
 }  // namespace lockstep

@@ -4,6 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "lockstep/data/partition.h"
 
 namespace lockstep {
 
@@ -22,17 +26,6 @@ class Permutation {
   int half_bits_;
 };
 
-struct PositionRange {
-  std::uint64_t begin = 0;
-  std::uint64_t end = 0;
-  std::uint64_t size() const { return end - begin; }
-  bool operator==(const PositionRange&) const = default;
-};
-
-// Part `part` of `parts` of [0, count): contiguous, sizes differ by at most one, the first ones
-// larger.
-PositionRange even_part(std::uint64_t count, std::uint64_t parts, std::uint64_t part);
-
 class Ledger {
  public:
   struct Options {
@@ -42,9 +35,12 @@ class Ledger {
     int virtual_ranks = 1;
     std::uint64_t seed = 1;
     bool shuffle = true;
+    Partition partition = {};
   };
-  explicit Ledger(const Options& options);
+  // Throws ConfigError for a partition that does not fit.
+  explicit Ledger(Options options);
   std::uint64_t steps_per_epoch() const;
+  bool by_virtual_rank() const { return table_->by_virtual_rank(); }  // else one order for all
   // Positions of the epoch that a virtual rank computes in a step of the epoch (step from 0). May
   // be empty at the end.
   PositionRange positions(std::uint64_t step, int virtual_rank) const;
@@ -52,19 +48,19 @@ class Ledger {
   // The sample at a position of epoch `epoch` (from 0).
   class Epoch {
    public:
-    Epoch(const Options& options, std::uint64_t epoch);
-    std::uint64_t index(std::uint64_t position) const {
-      return shuffle_ ? permutation_(position) : position;
-    }
+    std::uint64_t index(std::uint64_t position) const;
 
    private:
-    Permutation permutation_;
-    bool shuffle_;
+    friend class Ledger;
+    std::shared_ptr<const PartitionTable> table_;
+    std::vector<Permutation> permutations_;  // one a group; none: in order
+    std::uint64_t draws_ = 0;                // the key of weighted's
   };
-  Epoch epoch(std::uint64_t epoch) const { return Epoch(options_, epoch); }
+  Epoch epoch(std::uint64_t epoch) const;
 
  private:
-  Options options_;
+  Options options_;  // without the partition
+  std::shared_ptr<const PartitionTable> table_;
 };
 
 }  // namespace lockstep

@@ -8,9 +8,17 @@
 namespace lockstep {
 namespace {
 
+constexpr int kMostWorkers = 1024;
+
 std::uint64_t checked_step_size(std::uint64_t samples, std::uint64_t ranks,
                                 const DataLoaderOptions& options) {
   if (options.batch_size == 0) throw ConfigError("make_data_loader: batch_size is 0");
+  if (options.num_workers < 0 || options.num_workers > kMostWorkers)
+    throw ConfigError(fmt::format("make_data_loader: num_workers {} is not from 0 to {}",
+                                  options.num_workers, kMostWorkers));
+  if (options.prefetch_factor == 0)
+    throw ConfigError("make_data_loader: prefetch_factor is 0",
+                      "1 or more; PyTorch's default is 2");
   if (samples == 0) throw ConfigError("make_data_loader: the data set is empty");
   if (samples < ranks)
     throw ConfigError(fmt::format("make_data_loader: {} samples for {} ranks", samples, ranks),
@@ -40,7 +48,12 @@ SampleOrder::SampleOrder(std::uint64_t samples, int rank, int ranks,
                .global_batch_size = step_size_,
                .virtual_ranks = ranks,
                .seed = options.seed,
-               .shuffle = options.shuffle}) {
+               .shuffle = options.shuffle,
+               .partition = options.partition}) {
+  if (ledger_.by_virtual_rank()) {
+    steps_ = ledger_.steps_per_epoch();
+    return;
+  }
   const std::uint64_t remainder = samples % step_size_;
   if (options.drop_last)
     samples_ -= remainder;
@@ -49,6 +62,7 @@ SampleOrder::SampleOrder(std::uint64_t samples, int rank, int ranks,
 }
 
 PositionRange SampleOrder::positions(std::uint64_t step) const {
+  if (ledger_.by_virtual_rank()) return ledger_.positions(step, static_cast<int>(rank_));
   const std::uint64_t begin = step * step_size_;
   const std::uint64_t end = step + 1 == steps_ ? samples_ : begin + step_size_;
   const PositionRange part = even_part(end - begin, ranks_, rank_);

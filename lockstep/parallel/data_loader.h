@@ -5,7 +5,13 @@
 //   loader->set_epoch(epoch);
 //   for (auto& batch : *loader) …  // batch.data, batch.target
 //
-// Owner: the loader owns its data set. Threads: one; batches are made as the loop asks for them.
+// With num_workers, threads make batches ahead of the loop, each with its own copy of the data set
+// (as libtorch's loaders do): what copies share must bear several readers. The batches and their
+// order are the same for any number, as long as a sample follows from its index alone. What the
+// data set throws, the loop throws, at the batch it belongs to. A loop left in the middle ends its
+// threads.
+//
+// Owner: the loader owns its data set and outlives its loops. Threads: one runs the loops.
 #pragma once
 
 #include <cstddef>
@@ -17,6 +23,7 @@
 
 #include "lockstep/cluster/world.h"
 #include "lockstep/data/ledger.h"
+#include "lockstep/parallel/prefetcher.h"
 
 namespace lockstep {
 
@@ -24,7 +31,13 @@ struct DataLoaderOptions {
   std::uint64_t batch_size = 1;  // of one rank, as in PyTorch
   std::uint64_t seed = 0;        // the same on every rank
   bool shuffle = true;
-  bool drop_last = false;  // leaves out an epoch's last, short step
+  bool drop_last = false;             // leaves out an epoch's last, short step
+  int num_workers = 0;                // threads that make batches; 0: the loop makes them itself
+  std::uint64_t prefetch_factor = 2;  // batches that each of them may be ahead
+  Clock::duration timeout{};          // of a wait for a batch; 0: none
+  // Which samples go together (data/partition.h); a rank is a virtual rank. With range and hash no
+  // step is short: drop_last leaves out nothing.
+  Partition partition = {};
 };
 
 // Which samples a rank takes. All ranks take the same number of steps; a step's positions are split
@@ -35,7 +48,7 @@ struct DataLoaderOptions {
 class SampleOrder {
  public:
   // Throws ConfigError: no samples, batch size 0, more ranks than samples, nothing left after
-  // drop_last.
+  // drop_last, a partition that does not fit.
   SampleOrder(std::uint64_t samples, int rank, int ranks, const DataLoaderOptions& options);
   std::uint64_t steps() const { return steps_; }
   PositionRange positions(std::uint64_t step) const;  // this rank's
@@ -61,23 +74,31 @@ class DataLoader {
 
   DataLoader(Dataset dataset, const World& world, const DataLoaderOptions& options)
       : dataset_(std::move(dataset)),
-        order_(known_size(dataset_.size()), world.rank(), world.size(), options) {}
+        order_(known_size(dataset_.size()), world.rank(), world.size(), options),
+        workers_(options.num_workers),
+        ahead_(options.prefetch_factor * static_cast<std::uint64_t>(options.num_workers)),
+        timeout_(options.timeout) {}
 
   // Another epoch, another order. Loops in progress keep theirs.
   void set_epoch(std::uint64_t epoch) { epoch_ = epoch; }
   std::uint64_t size() const { return order_.steps(); }  // batches an epoch, the same on every rank
 
+  // Copies share the batches: advance one of them.
   class Iterator {
    public:
     Iterator(DataLoader& loader, std::uint64_t step)
-        : loader_(&loader), epoch_(loader.order_.epoch(loader.epoch_)), step_(step) {}
+        : loader_(&loader), epoch_(loader.order_.epoch(loader.epoch_)), step_(step) {
+      if (loader.workers_ > 0 && step < loader.size()) ahead_ = loader.prefetch(epoch_);
+    }
     Batch& operator*() {
       if (!batch_)
-        batch_.emplace(loader_->dataset_.get_batch(loader_->order_.indices(epoch_, step_)));
+        batch_.emplace(ahead_ ? ahead_->take(loader_->deadline())
+                              : loader_->make(loader_->dataset_, epoch_, step_));
       return *batch_;
     }
     Batch* operator->() { return &**this; }
     Iterator& operator++() {
+      if (ahead_ && !batch_) **this;  // passed over, but next in the row
       batch_.reset();
       ++step_;
       return *this;
@@ -89,13 +110,32 @@ class DataLoader {
     Ledger::Epoch epoch_;
     std::uint64_t step_;
     std::optional<Batch> batch_;
+    std::shared_ptr<Prefetcher<Batch>> ahead_;
   };
   Iterator begin() { return Iterator(*this, 0); }
   Iterator end() { return Iterator(*this, order_.steps()); }
 
  private:
+  Batch make(Dataset& dataset, const Ledger::Epoch& epoch, std::uint64_t step) const {
+    return dataset.get_batch(order_.indices(epoch, step));
+  }
+  std::shared_ptr<Prefetcher<Batch>> prefetch(const Ledger::Epoch& epoch) const {
+    auto copies = std::make_shared<std::vector<Dataset>>();
+    for (int worker = 0; worker < workers_; ++worker) copies->push_back(dataset_);
+    return std::make_shared<Prefetcher<Batch>>(
+        order_.steps(), workers_, ahead_, [this, epoch, copies](int worker, std::uint64_t step) {
+          return make((*copies)[static_cast<std::size_t>(worker)], epoch, step);
+        });
+  }
+  Deadline deadline() const {
+    return timeout_ == Clock::duration::zero() ? Deadline::never() : Deadline::after(timeout_);
+  }
+
   Dataset dataset_;
   SampleOrder order_;
+  int workers_;
+  std::uint64_t ahead_;
+  Clock::duration timeout_;
   std::uint64_t epoch_ = 0;
 };
 
