@@ -125,6 +125,12 @@ at::Tensor view_of(std::span<std::byte> memory, const ParameterLayout& layout, s
 void move_into(std::span<std::byte> memory, const ParameterLayout& layout,
                std::span<const at::Tensor> tensors, std::shared_ptr<void> keep) {
   copy_into(memory, layout, tensors);
+  live_in(memory, layout, tensors, std::move(keep));
+}
+
+void live_in(std::span<std::byte> memory, const ParameterLayout& layout,
+             std::span<const at::Tensor> tensors, std::shared_ptr<void> keep) {
+  check_memory(memory, layout, tensors.size());
   const at::NoGradGuard no_grad;
   for (std::size_t i = 0; i < tensors.size(); ++i)
     tensors[i].set_data(view_of(memory, layout, i, keep));

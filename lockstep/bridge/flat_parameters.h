@@ -63,6 +63,9 @@ at::Tensor view_of(std::span<std::byte> memory, const ParameterLayout& layout, s
 // that optimizers, hooks and tied uses keep working. Padding becomes zero.
 void move_into(std::span<std::byte> memory, const ParameterLayout& layout,
                std::span<const at::Tensor> tensors, std::shared_ptr<void> keep = nullptr);
+// The same without the copy: the memory holds the values already. It may be mapped read-only.
+void live_in(std::span<std::byte> memory, const ParameterLayout& layout,
+             std::span<const at::Tensor> tensors, std::shared_ptr<void> keep = nullptr);
 inline void move_into(std::span<float> memory, const ParameterLayout& layout,
                       std::span<const at::Tensor> tensors) {
   move_into(std::as_writable_bytes(memory), layout, tensors);

@@ -31,7 +31,7 @@ std::uint64_t World::generation() const { return state_->place.generation; }
 const Place& World::place() const { return state_->place; }
 Group& World::group() const { return *state_->group; }
 EventSink& World::events() const { return *state_->events; }
-Segment* World::segment() const { return state_->segment.get(); }
+std::shared_ptr<Segment> World::segment() const { return state_->segment; }
 bool World::has_agent() const { return state_->place.event_fd >= 0; }
 
 namespace {

@@ -25,7 +25,7 @@ class World {
   const Place& place() const;
   Group& group() const;
   EventSink& events() const;  // to the agent; goes nowhere without one
-  Segment* segment() const;   // the node's shared memory; null alone
+  std::shared_ptr<Segment> segment() const;  // the node's shared memory; null alone
   bool has_agent() const;
 
  private:

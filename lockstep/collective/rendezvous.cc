@@ -153,11 +153,15 @@ void Rendezvous::record_begin(const CallWords& call, const CallOptions& options)
 }
 
 void Rendezvous::announce() {
-  if (sleepers_fence_)
+  auto& waiters = door(rank_).waiters;
+  std::uint32_t sleeping = 0;
+  if (sleepers_fence_) {
     std::atomic_signal_fence(std::memory_order_seq_cst);
-  else
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (door(rank_).waiters.load(std::memory_order_relaxed) != 0) ring(door(rank_).bell);
+    sleeping = waiters.load(std::memory_order_relaxed);
+  } else {
+    sleeping = waiters.fetch_add(0, std::memory_order_seq_cst);  // a fence and a load
+  }
+  if (sleeping != 0) ring(door(rank_).bell);
 }
 
 const std::vector<CallWords>& Rendezvous::begin(const Call& call, const CallOptions& options,
@@ -168,7 +172,7 @@ const std::vector<CallWords>& Rendezvous::begin(const Call& call, const CallOpti
   call_.payload = static_cast<std::uint8_t>(payload.size());
   CallWords& mine = calls_[rank_];
   mine = pack(call_);
-  std::memcpy(&mine[kPayloadWord], payload.data(), payload.size());
+  if (!payload.empty()) std::memcpy(&mine[kPayloadWord], payload.data(), payload.size());
   in_call_ = true;
   expected_ = mine[0];
   publish(block(rank_).calls[call_.sequence % 2], mine);

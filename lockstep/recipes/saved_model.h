@@ -8,7 +8,7 @@
 
 #include "lockstep/checkpoint/safetensors.h"
 #include "lockstep/train/batches.h"
-#include "lockstep/train/flat_module.h"
+#include "lockstep/bridge/flat_parameters.h"
 
 namespace lockstep {
 

@@ -105,14 +105,18 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
   const Clock::time_point started = Clock::now();
   const TrainerOptions options = trainer_options(job, {});
   PhaseTimer timer(world.group());
-  FlatModule module(*task.module);
-  std::vector<NamedTensor> tensors = module.state();
+  std::vector<NamedTensor> tensors = named_parameters(*task.module);
+  const auto count = [&] {
+    std::size_t sum = 0;
+    for (const NamedTensor& one : tensors) sum += static_cast<std::size_t>(one.tensor.numel());
+    return sum;
+  }();
   tensors.insert(tensors.end(), extra_tensors.begin(), extra_tensors.end());
   Snapshots snapshots(world, tensors);
   world.events().emit(ready_event(world, train.size(), test == nullptr ? 0 : test->size(),
-                                  module.parameter_count(), 1, 1));
+                                  count, 1, 1));
   const LinearSolution solution = solve_normal_equations(world, train_rows, options.virtual_ranks);
-  for (NamedTensor& named : module.state()) {
+  for (const NamedTensor& named : named_parameters(*task.module)) {
     float* out = named.tensor.mutable_data_ptr<float>();
     if (named.name == "layer1.bias")
       *out = static_cast<float>(solution.bias);

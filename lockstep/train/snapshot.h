@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "lockstep/cluster/world.h"
-#include "lockstep/train/flat_module.h"
+#include "lockstep/bridge/flat_parameters.h"
 
 namespace lockstep {
 

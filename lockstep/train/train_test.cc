@@ -209,21 +209,6 @@ TEST(Trainer, BuffersAreAveragedOverVirtualRanks) {
   }
 }
 
-// What a refused step's forward did to the live buffers is not part of the state that is kept.
-TEST(FlatModule, StateIsTheCommittedOne) {
-  torch::nn::BatchNorm1d norm(1);
-  FlatModule module(*norm);
-  norm->running_var.fill_(std::numeric_limits<float>::infinity());
-  norm->num_batches_tracked.fill_(7);
-  EXPECT_TRUE(module.is_finite());
-  for (const NamedTensor& named : module.state()) {
-    const double expected = named.name == "running_var" || named.name == "weight" ? 1.0 : 0.0;
-    EXPECT_EQ(named.tensor.item<double>(), expected) << named.name;
-  }
-  module.weights()[0] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_FALSE(module.is_finite());
-}
-
 // Batch norm hides an overflowing variance from the loss.
 TEST(Trainer, RefusesANonFiniteBuffer) {
   const Dataset data = table({0, 3e38f, -3e38f, 1}, {0, 0, 0, 0}, 1);

@@ -49,7 +49,7 @@ class Run {
 
  private:
   EpochSummary run_epoch(std::int64_t epoch);
-  void report_step(std::int64_t epoch, const StepResult& result, double lr);
+  void report_step(std::int64_t epoch, const StepOutcome& result, double lr);
   void report_epoch(const EpochSummary& summary, double train_seconds, double evaluation_seconds);
 
   const World& world_;
@@ -59,19 +59,20 @@ class Run {
   const BatchSource& train_;
   const BatchSource* test_;
   PhaseTimer timer_;
-  FlatModule module_;
-  Optimizer optimizer_;
+  SharedWeights weights_;
   Ledger ledger_;
   StepExecutor executor_;
   Snapshots snapshots_;
   std::int64_t step_ = 0;      // committed steps
   std::uint64_t samples_ = 0;  // of them
   double lr_ = 0;              // of the last step
+  double gradient_norm_ = 0;   // of the last step that measured it
   Clock::time_point next_progress_{};
 };
 
-std::vector<NamedTensor> snapshot_tensors(const FlatModule& module, const TrainerOptions& options) {
-  std::vector<NamedTensor> tensors = module.state();
+std::vector<NamedTensor> snapshot_tensors(const SharedWeights& weights,
+                                          const TrainerOptions& options) {
+  std::vector<NamedTensor> tensors = weights.state();
   tensors.insert(tensors.end(), options.extra_tensors.begin(), options.extra_tensors.end());
   return tensors;
 }
@@ -86,22 +87,19 @@ Run::Run(const World& world, const TrainerOptions& options, const Task& task,
       train_(train),
       test_(test),
       timer_(world.group()),
-      module_(*task.module),
-      optimizer_(optimizer, module_.weights().size()),
+      weights_(*task.module, world, optimizer,
+               {.virtual_ranks = options.virtual_ranks, .clip_grad_norm = options.clip_grad_norm}),
       ledger_({.samples = train.size(),
                .global_batch_size = static_cast<std::uint64_t>(options.global_batch_size),
                .virtual_ranks = options.virtual_ranks,
                .seed = options.seed,
                .shuffle = options.shuffle}),
-      executor_(world, task, module_, optimizer_, train, ledger_, options, timer_),
-      snapshots_(world, snapshot_tensors(module_, options)) {
-  world.group().broadcast(std::as_writable_bytes(module_.weights()), Dtype::float32, 0,
-                          {.tag = "initial weights"});
-}
+      executor_(task, weights_, train, ledger_, options, timer_),
+      snapshots_(world, snapshot_tensors(weights_, options)) {}
 
 std::vector<EpochSummary> Run::go() {
   world_.events().emit(ready_event(world_, train_.size(), test_ == nullptr ? 0 : test_->size(),
-                                   module_.parameter_count(), ledger_.steps_per_epoch(),
+                                   weights_.parameter_count(), ledger_.steps_per_epoch(),
                                    options_.epochs));
   task_.module->train();
   std::vector<EpochSummary> epochs;
@@ -114,7 +112,7 @@ std::vector<EpochSummary> Run::go() {
   } catch (const CommError&) {
     throw;  // Others may have gone on or not: only whole epochs are known to be good.
   } catch (const Error&) {
-    if (module_.is_finite()) snapshots_.write(static_cast<std::int64_t>(epochs.size()));
+    if (weights_.is_finite()) snapshots_.write(static_cast<std::int64_t>(epochs.size()));
     throw;
   }
   world_.events().emit(rank_event(world_, timer_));
@@ -131,15 +129,19 @@ EpochSummary Run::run_epoch(std::int64_t epoch) {
   for (std::uint64_t s = 0; s < ledger_.steps_per_epoch(); ++s) {
     if (options_.max_steps > 0 && step_ >= options_.max_steps) break;
     lr_ = learning_rate(schedule_, step_);
-    const StepResult result = executor_.run(order, s, step_, lr_);
+    // The norm costs a pass over the gradients: now and then.
+    const bool last = s + 1 == ledger_.steps_per_epoch() ||
+                      (options_.max_steps > 0 && step_ + 1 == options_.max_steps);
+    const StepOutcome result = executor_.run(order, s, step_, lr_, last || step_ % 32 == 0);
     ++step_;
     samples_ += ledger_.batch_size(s);
     loss += result.loss_sum;
     weight += result.weight;
-    summary.gradient_norm = result.gradient_norm;
+    gradient_norm_ = result.gradient_norm.value_or(gradient_norm_);
     report_step(epoch, result, lr_);
   }
   summary.step = step_;
+  summary.gradient_norm = gradient_norm_;
   summary.train_loss = weight > 0 ? loss / weight : 0.0;
   const Clock::time_point trained = Clock::now();
   if (test_ != nullptr) {
@@ -152,11 +154,11 @@ EpochSummary Run::run_epoch(std::int64_t epoch) {
   }
   if (world_.rank() == 0)
     report_epoch(summary, seconds(trained - started), seconds(Clock::now() - trained));
-  if (module_.is_finite()) snapshots_.write(epoch);  // else the next step says so, and ends
+  if (weights_.is_finite()) snapshots_.write(epoch);  // else the next step says so, and ends
   return summary;
 }
 
-void Run::report_step(std::int64_t epoch, const StepResult& result, double lr) {
+void Run::report_step(std::int64_t epoch, const StepOutcome& result, double lr) {
   if (world_.rank() != 0) return;
   if (step_ == 1) world_.events().emit(first_step_event());
   const Clock::time_point now = Clock::now();
@@ -167,7 +169,7 @@ void Run::report_step(std::int64_t epoch, const StepResult& result, double lr) {
                         {"step", step_},
                         {"steps_per_epoch", ledger_.steps_per_epoch()},
                         {"loss", result.loss_sum / result.weight},
-                        {"grad_norm", result.gradient_norm},
+                        {"grad_norm", gradient_norm_},
                         {"lr", lr},
                         {"samples", samples_},
                         {"clock", monotonic_clock()}});

@@ -1,0 +1,52 @@
+#include "lockstep/memory/read_only.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cstring>
+
+namespace lockstep {
+namespace {
+
+struct ReadOnlyTest : ::testing::Test {
+  const std::size_t page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  std::shared_ptr<Segment> segment = Segment::create({.ranks = 1, .arena_bytes = 8 << 20});
+  std::span<std::byte> memory = segment->allocate(0, 3 * page, "memory");
+  ReadOnlyView view{segment, memory, {{"'a'", 0}, {"'b'", 4000}}, "shared weights", "edit_weights"};
+};
+
+TEST_F(ReadOnlyTest, ShowsWhatIsWrittenThroughTheSegment) {
+  memory[4001] = std::byte{7};
+  EXPECT_EQ(view.bytes()[4001], std::byte{7});
+  EXPECT_EQ(view.bytes().size(), memory.size());
+}
+
+TEST_F(ReadOnlyTest, AWriteIsNamed) {
+  EXPECT_DEATH(view.bytes()[4010] = std::byte{1},
+               "lockstep: shared weights: 'b' was written to, at byte 10, while it is read-only; "
+               "hint: edit_weights");
+  EXPECT_DEATH(std::memset(view.bytes().data(), 1, 10), "'a' was written to, at byte ");
+}
+
+TEST_F(ReadOnlyTest, AFaultElsewhereIsNotOurs) {
+  EXPECT_EXIT(*static_cast<volatile char*>(nullptr) = 1, ::testing::KilledBySignal(SIGSEGV), "");
+}
+
+TEST_F(ReadOnlyTest, CanBeWritableForAWhile) {
+  view.set_writable(true);
+  view.bytes()[5] = std::byte{9};
+  view.set_writable(false);
+  EXPECT_EQ(memory[5], std::byte{9});
+  EXPECT_DEATH(view.bytes()[5] = std::byte{1}, "'a' was written to, at byte 5");
+}
+
+TEST_F(ReadOnlyTest, CanBecomePrivate) {
+  memory[5] = std::byte{1};
+  view.make_private();
+  view.bytes()[5] = std::byte{2};
+  EXPECT_EQ(memory[5], std::byte{1});
+  EXPECT_EQ(view.bytes()[5], std::byte{2});
+}
+
+}  // namespace
+}  // namespace lockstep
