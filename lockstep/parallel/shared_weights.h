@@ -9,8 +9,9 @@
 //     model.step();  // instead of optimizer.step() and zero_grad()
 //   }
 //
-// Owner: the module shares the memory, and outlives this as a module of its own. Threads: one. Constructors and the
-// calls marked collective are called by all ranks alike; they throw CommError where a rank fails.
+// Owner: the module shares the memory, and outlives this as a module of its own. Threads: one.
+// Constructors and the calls marked collective are called by all ranks alike; they throw CommError
+// where a rank fails.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,0 +1,108 @@
+// What stands behind SharedWeights: where everything lies, and the parts of a step. Private to this
+// layer; owned by one SharedWeights and used by its thread.
+//
+// Files: shared_weights_setup.cc (sorting the module's tensors, placing them), shared_weights.cc
+// (the steps).
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "lockstep/bridge/direct_gradients.h"
+#include "lockstep/memory/read_only.h"
+#include "lockstep/memory/segment.h"
+#include "lockstep/parallel/shared_weights.h"
+#include "lockstep/update/slice_update.h"
+
+namespace lockstep {
+
+// A module's tensors by what becomes of them.
+struct Parts {
+  std::vector<NamedTensor> trained;
+  std::vector<int> group_of;  // trained
+  std::vector<NamedTensor> frozen;
+  std::vector<NamedTensor> float_buffers;
+  std::vector<NamedTensor> integer_buffers;
+};
+
+// What every rank says of itself in a step, by rank.
+struct RankNumbers {
+  std::span<double> options;     // a digest of its optimizers' options
+  std::span<double> integers;    // a digest of its buffers of other types; 0: it had no samples
+  std::span<double> magnitudes;  // of its contributions
+  explicit RankNumbers(std::span<double> all)
+      : options(all.first(all.size() / 3)),
+        integers(all.subspan(options.size(), options.size())),
+        magnitudes(all.last(options.size())) {}
+};
+
+inline void copy_bytes(std::span<std::byte> to, std::span<const std::byte> from) {
+  LOCKSTEP_CHECK(to.size() == from.size());
+  if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
+}
+
+struct SharedWeights::State {
+  World world;
+  SharedWeightsOptions options;
+  std::shared_ptr<Segment> segment;
+  Parts parts;
+  ParameterLayout parameters, buffers, frozen, integers;
+  std::vector<at::Tensor> trained;  // as in parts
+  std::vector<at::Tensor> float_buffers;
+  std::vector<at::Tensor> committed_integers;
+  UpdateSpec spec;
+  std::vector<OptimizerOptions> groups;
+
+  std::span<std::byte> memory;  // of the node: the shared state, then the frozen parameters
+  std::optional<SharedState> shared;
+  std::shared_ptr<ReadOnlyView> view;  // from the weights on
+  std::optional<SliceUpdate> updater;
+  StepRecord last;     // committed
+  StepRecord decided;  // the step under way
+
+  TreeLayout tree;
+  AccumulatePlan plan;
+  std::span<std::byte> slots;
+  std::vector<std::span<const float>> contributions;  // by rank
+  std::size_t contributed = 0;                        // slots that this rank hands in
+  std::optional<DirectGradients> direct;
+  int direct_slot = -1;
+  double integers_digest = 0;  // 0: nothing was computed
+  std::vector<VirtualLoss> losses;
+
+  State(torch::nn::Module& module, const World& world, std::span<const ParameterGroup> groups,
+        const SharedWeightsOptions& options);
+
+  Group& group() const { return world.group(); }
+  VirtualRange run() const { return tree.runs[static_cast<std::size_t>(world.rank())]; }
+  std::span<float> slot(int index) const {
+    return {
+        reinterpret_cast<float*>(slots.data()) + static_cast<std::size_t>(index) * spec.elements,
+        spec.elements};
+  }
+  std::span<std::byte> frozen_bytes() const {
+    return memory.subspan(shared->layout().total_bytes(), frozen.bytes());
+  }
+  // Of the view or of the memory itself, from the weights on.
+  std::span<std::byte> committed_buffers(std::span<std::byte> weights) const {
+    return weights.subspan(parameters.bytes(), buffers.bytes());
+  }
+
+  void place_weights(Group& ranks);
+  void point_module();
+  void place_contributions();
+  void copy_buffers_home(std::uint64_t step);
+  void refresh_integers();
+  void restore_buffers();
+  void keep_integers();
+  void collect(int index);
+  void accumulate(const Compute& compute);
+  void check_numbers(const RankNumbers& ranks);
+  std::vector<StateTensor> state_tensors() const;
+};
+
+}  // namespace lockstep
