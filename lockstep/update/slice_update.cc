@@ -44,14 +44,15 @@ void SliceUpdate::prepare(const StepRecord& record, const Contributions& contrib
   }
   contributions_ = contributions;
   slots_.resize(contributions.ranks.size());
-  LOCKSTEP_CHECK(contributions.ranks.size() >= runs_.size() &&
-                 contributions.stride >= spec_.elements);
+  LOCKSTEP_CHECK(contributions.stride >= spec_.elements);
   for (const CombineStep& step : plan_.steps) {
     if (step.kind != CombineStep::Kind::push) continue;
+    const auto rank = static_cast<std::size_t>(step.rank);
     const std::uint64_t end =
         static_cast<std::uint64_t>(step.slot) * contributions.stride + spec_.elements;
-    LOCKSTEP_CHECK(end <= contributions.ranks[static_cast<std::size_t>(step.rank)].size(),
-                   "every contribution lies in its rank's slots");
+    if (rank >= contributions.ranks.size() || end > contributions.ranks[rank].size())
+      throw Error(fmt::format("the record of step {} counts on slot {} of rank {}, which has none",
+                              record.step, step.slot, rank));
   }
 }
 

@@ -43,7 +43,8 @@ class SliceUpdate {
 
   // Makes the slice's update, from wherever its progress word says that it is: the first time, or
   // in place of an owner who died (and has been fenced: nobody else may touch the slice).
-  // Idempotent. Throws Error if the progress word is damaged.
+  // Idempotent. Throws Error if the progress word is damaged, or the record counts on
+  // contributions that are not there.
   void run(const StepRecord& record, const Contributions& contributions, std::size_t slice,
            const Hook& hook = {});
 
