@@ -17,9 +17,10 @@ RecoveryState recovery_state(const SharedState& state, const UpdateSpec& spec) {
     found.sealed.push_back(state.sealed(static_cast<int>(rank)));
   if (found.decided == found.committed) return found;
   const StepRecord record = state.record(found.decided, spec);
-  found.tiles.assign(record.tiles.span().begin(), record.tiles.span().end());
-  for (std::size_t slice = 0; slice < record.slices(); ++slice)
+  for (std::size_t slice = 0; slice < record.slices(); ++slice) {
     found.progress.push_back(state.progress(slice));
+    found.whole.push_back(whole_slice(record, slice));
+  }
   return found;
 }
 
@@ -48,7 +49,7 @@ RecoveryPlan plan_recovery(const RecoveryState& state,
     const std::size_t worker =
         orphan ? orphans++ % owned.size() : static_cast<std::size_t>(owner - owned.begin());
     plan.tasks.push_back({.slice = slice, .worker = worker, .orphan = orphan});
-    done += state.progress[slice] == SliceProgress{next, state.tiles[slice + 1], false} ? 1 : 0;
+    done += state.progress[slice] == state.whole[slice] ? 1 : 0;
   }
   plan.reason = fmt::format(
       "step {} was decided and is finished: {} of {} slices were whole, {} "

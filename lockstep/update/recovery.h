@@ -22,7 +22,7 @@ struct RecoveryState {
   std::uint64_t decided = 0;
   std::vector<std::uint64_t> sealed = {};    // the last step that each old rank sealed
   std::vector<SliceProgress> progress = {};  // of the decided record's slices; unused otherwise
-  std::vector<std::uint64_t> tiles = {};     // its partition: slices + 1 bounds
+  std::vector<SliceProgress> whole = {};  // the progress that these slices have when they are whole
 };
 // Throws Error if what the memory says is damaged.
 RecoveryState recovery_state(const SharedState& state, const UpdateSpec& spec);

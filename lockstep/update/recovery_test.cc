@@ -357,12 +357,12 @@ Deaths random_trial(const UpdateCase& what, const naive::Weights& expected,
   const auto up_to = [&](long most) { return static_cast<long>(random() % (most + 1)); };
   Trial trial(what, kGoal);
   const long workers = 1 + up_to(kMaxRanks - 1);
-  const long instants = kGoal * (8 / workers * 7 + 20);  // about as many as a worker passes
+  const long instants = kGoal * (64 / workers * 7 + 20);  // about as many as a worker passes
   const bool asynchronous = up_to(2) == 0;
   for (long i = 0; i < workers; ++i)
     trial.start(asynchronous ? Fuse{}
                              : Fuse{.in_steps = up_to(2) == 0 ? up_to(instants) : -1,
-                                    .in_recovery = up_to(3) == 0 ? up_to(40) : -1});
+                                    .in_recovery = up_to(3) == 0 ? up_to(200) : -1});
   for (;;) {
     trial.begin_generation();
     if (asynchronous && trial.deaths() < 3)

@@ -43,6 +43,10 @@ struct SharedState::SliceWords {
   std::atomic<std::uint64_t> sealed;
 };
 
+SliceProgress whole_slice(const StepRecord& record, std::size_t slice) {
+  return {record.step, record.tiles.items[slice + 1] * kTileBlocks, false};
+}
+
 SharedLayout SharedLayout::of(const UpdateSpec& spec, int max_slices, std::uint64_t buffer_bytes) {
   check(spec);
   const SharedLayout layout{.elements = spec.elements,
@@ -77,9 +81,11 @@ std::uint64_t SharedLayout::squares_offset() const {
 }
 std::uint64_t SharedLayout::journal_offset(std::uint64_t slice) const {
   return round_up(squares_offset() + tiles() * sizeof(double), kPage) +
-         slice * (1 + states) * kTileElements * sizeof(float);
+         slice * (1 + states) * kBlockElements * sizeof(float);
 }
-std::uint64_t SharedLayout::weights_offset() const { return journal_offset(slices); }
+std::uint64_t SharedLayout::weights_offset() const {
+  return round_up(journal_offset(slices), kPage);
+}
 std::uint64_t SharedLayout::state_offset(std::uint64_t index) const {
   return weights_offset() + (1 + index) * array_bytes();
 }
@@ -181,11 +187,9 @@ std::span<std::byte> SharedState::buffers(std::uint64_t step) const {
 std::span<double> SharedState::squares() const {
   return array<double>(layout_.squares_offset(), layout_.tiles());
 }
-std::span<float> SharedState::journal(std::uint64_t slice, int index) const {
-  LOCKSTEP_CHECK(slice < layout_.slices && static_cast<std::uint64_t>(index) <= layout_.states);
-  return array<float>(layout_.journal_offset(slice) +
-                          static_cast<std::uint64_t>(index) * kTileElements * sizeof(float),
-                      kTileElements);
+std::span<float> SharedState::journal(std::uint64_t slice) const {
+  LOCKSTEP_CHECK(slice < layout_.slices);
+  return array<float>(layout_.journal_offset(slice), (1 + layout_.states) * kBlockElements);
 }
 
 std::uint64_t SharedState::committed() const {
@@ -231,9 +235,8 @@ StepRecord SharedState::record(std::uint64_t step, const UpdateSpec& spec) const
 
 void SharedState::commit(const StepRecord& record) const {
   for (std::uint64_t slice = 0; slice < record.slices(); ++slice) {
-    const SliceProgress done{record.step, record.tiles.items[slice + 1], false};
-    if (const SliceProgress found = progress(slice); found != done)
-      throw Error(fmt::format("step {} cannot be committed: slice {} is at tile {} of step {}",
+    if (const SliceProgress found = progress(slice); found != whole_slice(record, slice))
+      throw Error(fmt::format("step {} cannot be committed: slice {} is at block {} of step {}",
                               record.step, slice, found.next, found.step));
   }
   std::uint64_t last = record.step - 1;

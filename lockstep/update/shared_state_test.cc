@@ -48,8 +48,7 @@ TEST(SharedLayout, PlacesAreApartAlignedAndInside) {
       }
       add(state.squares());
       for (int slice = 0; slice < slices; ++slice)
-        for (int array = 0; array < 3; ++array)
-          add(state.journal(static_cast<std::uint64_t>(slice), array));
+        add(state.journal(static_cast<std::uint64_t>(slice)));
       add(state.weights());
       for (const int index : {0, 1}) add(state.state(index));
       EXPECT_EQ(layout.weights_offset() % 4096, 0u);
@@ -167,11 +166,12 @@ TEST(RecoveryPlan, BeforeTheDecisionNothingIsFinished) {
 
 TEST(RecoveryPlan, AfterItEverySliceHasOneWorker) {
   using Task = RecoveryPlan::Task;
-  const RecoveryState state{.committed = 12,
-                            .decided = 13,
-                            .sealed = {13, 13, 13, 13},
-                            .progress = {{13, 5, false}, {13, 7, true}, {12, 9, false}, {}},
-                            .tiles = {0, 5, 10, 15, 20}};
+  const RecoveryState state{
+      .committed = 12,
+      .decided = 13,
+      .sealed = {13, 13, 13, 13},
+      .progress = {{13, 5, false}, {13, 7, true}, {12, 9, false}, {}},
+      .whole = {{13, 5, false}, {13, 10, false}, {13, 15, false}, {13, 20, false}}};
   // The worker that owned slice 2 is now worker 0; worker 1 is new; slice 3's is worker 2.
   const RecoveryPlan plan = plan_of(state, {2, kNew, 3});
   EXPECT_EQ(plan.action, RecoveryPlan::Action::finish);

@@ -1,9 +1,9 @@
 // The update of one slice of shared weights: contributions summed in canonical order, divided,
-// clipped, fed to the optimizer and written home through the redo journal, tile by tile, in one
+// clipped, fed to the optimizer and written home through the redo journal, block by block, in one
 // pass over memory. See docs/shared-weights.md.
 //
-// Who owns what: it keeps a view of the shared state, and scratch for one tile. Threads: one at a
-// time; others may update other slices at the same time. No waiting: who calls it has met the
+// Who owns what: it keeps a view of the shared state, and scratch for a few tiles. Threads: one at
+// a time; others may update other slices at the same time. No waiting: who calls it has met the
 // others before and meets them afterwards.
 #pragma once
 
@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "lockstep/collective/canonical_tree.h"
-#include "lockstep/collective/reduce.h"
+#include "lockstep/collective/kernels.h"
 #include "lockstep/update/shared_state.h"
 
 namespace lockstep {
@@ -28,9 +28,9 @@ struct Contributions {
 
 class SliceUpdate {
  public:
-  // Moments of a tile's update at which a test may end the process.
+  // Moments of a block's update at which a test may end the process.
   enum class Moment { summed, journaled, ready, half_home, home, advanced };
-  using Hook = std::function<void(Moment, std::uint64_t tile)>;
+  using Hook = std::function<void(Moment, std::uint64_t block)>;
 
   SliceUpdate(UpdateSpec spec, const SharedState& state);
 
@@ -43,7 +43,8 @@ class SliceUpdate {
 
   // Makes the slice's update, from wherever its progress word says that it is: the first time, or
   // in place of an owner who died (and has been fenced: nobody else may touch the slice).
-  // Idempotent. Throws Error if the progress word is damaged.
+  // Idempotent. Throws Error if the progress word is damaged, or the record counts on
+  // contributions that are not there.
   void run(const StepRecord& record, const Contributions& contributions, std::size_t slice,
            const Hook& hook = {});
 
@@ -51,30 +52,34 @@ class SliceUpdate {
   const SharedState& state() const { return state_; }
 
  private:
-  struct Piece {  // the part of a range that lies in a tile
+  struct Piece {  // the part of a range that lies in the elements in work
     int group;
     std::uint64_t begin;
     std::uint64_t end;
   };
+  struct alignas(64) Tile {
+    std::array<float, kTileElements> values;
+  };
   void prepare(const StepRecord& record, const Contributions& contributions);
-  const float* sum(std::uint64_t tile);
-  void find_pieces(std::uint64_t tile);
-  double squares_of(const float* sum, std::uint64_t tile);
-  void update_into_journal(const StepRecord& record, const float* sum, std::uint64_t tile,
-                           std::size_t slice);
-  void copy_home(std::uint64_t tile, std::size_t slice, const Hook& hook);
+  const float* sum(std::uint64_t begin, std::uint64_t end);
+  void find_pieces(std::uint64_t begin, std::uint64_t end);
+  double tile_squares(std::uint64_t tile);
+  void update_into(float* journal, const StepRecord& record, std::uint64_t begin, const float* sum);
+  void copy_home(const float* journal, std::uint64_t block, const Hook& hook);
 
   UpdateSpec spec_;
   SharedState state_;
+  const UpdateKernels& kernels_;
+  BinaryKernel add_;
   std::vector<int> state_arrays_;   // of each group
   std::vector<float*> homes_;       // weights, then the state arrays
   std::vector<VirtualRange> runs_;  // that plan_ is for
   CombinePlan plan_;
-  Contributions contributions_;
-  Reducer reducer_;
-  std::vector<const std::byte*> slots_;
-  std::vector<Piece> pieces_;  // of the tile in work
-  alignas(64) std::array<float, kTileElements> tile_;
+  std::vector<const float*> program_;  // plan_: a slot is pushed, null adds
+  std::vector<const float*> stack_;
+  std::vector<Tile> sums_;  // for each level of the stack
+  std::vector<Piece> pieces_;
+  UpdateRange range_;  // the last that was found alone
 };
 
 }  // namespace lockstep

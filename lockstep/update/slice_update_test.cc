@@ -178,7 +178,7 @@ TEST(SliceUpdate, IsIdempotentFromEveryInstant) {
   };
   int first = 0;
   for (bool died = true; died; ++first) {
-    for (int second = 0;; second += 7) {
+    for (int second = 0;; second += 61) {
       const CaseMemory memory(what, 2);
       for (const int rank : {0, 1})
         memory.contribute(what, 1, rank, runs[static_cast<std::size_t>(rank)]);
