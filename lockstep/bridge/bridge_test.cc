@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/optim/sgd.h>
@@ -217,6 +218,56 @@ TEST(BackwardHooks, WatchesFrozenParametersFromTheStart) {
   net->scale.set_requires_grad(true);
   net->forward(input()).sum().backward();
   EXPECT_EQ(calls, 1);
+}
+
+TEST(BackwardHooks, TellsEachGradientInBetween) {
+  Net net;
+  std::vector<std::string> calls;
+  const auto named = named_parameters(*net);
+  const BackwardHooks hooks(named, {.begin = [&] { calls.push_back("begin"); },
+                                    .gradient =
+                                        [&](std::size_t i) {
+                                          EXPECT_TRUE(named[i].tensor.grad().defined());
+                                          calls.push_back(named[i].name);
+                                        },
+                                    .end = [&] { calls.push_back("end"); }});
+  net->second(input().matmul(at::ones({3, 5}))).sum().backward();
+  ASSERT_EQ(calls.size(), 4u);
+  EXPECT_EQ(calls.front(), "begin");
+  EXPECT_EQ(calls.back(), "end");
+  EXPECT_THAT(calls, testing::IsSupersetOf({"second.weight", "second.bias"}));
+}
+
+// A node whose backward runs a backward() of its own.
+struct Nested : torch::autograd::Function<Nested> {
+  static inline std::function<void()> inner;
+  static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x) {
+    return x.clone();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 torch::autograd::variable_list gradients) {
+    inner();
+    return gradients;
+  }
+};
+
+TEST(BackwardHooks, RefusesABackwardInsideAnother) {
+  Net net;
+  const BackwardHooks hooks(named_parameters(*net), {});
+  at::Tensor hidden = net->first(input());
+  Nested::inner = [&] {
+    const at::AutoGradMode enable(true);
+    net->first(input()).sum().backward();
+  };
+  hidden = Nested::apply(hidden);
+  try {
+    net->second(hidden).sum().backward();
+    FAIL() << "took nested gradients";
+  } catch (const ConfigError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("'first."));
+  }
+  net->zero_grad();
+  EXPECT_NO_THROW(net->forward(input()).sum().backward());
 }
 
 TEST(BackwardHooks, OneOwnerAtATime) {

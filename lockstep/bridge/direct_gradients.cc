@@ -2,8 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/linear_native.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -52,43 +51,70 @@ at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& gradient,
   return gradient.t().mm(input);
 }
 
+// input [rows, in] times weight [out, in] transposed, plus the bias.
 struct DirectLinear : autograd::Function<DirectLinear> {
   static at::Tensor forward(autograd::AutogradContext* context, const at::Tensor& input,
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
     context->save_for_backward({input, weight});
-    context->saved_data["bias"] = bias && bias->defined();
+    context->saved_data["bias"] = bias.has_value();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return at::linear(input, weight, bias);
+    return bias ? at::addmm(*bias, input, weight.t()) : at::mm(input, weight.t());
   }
 
   static variable_list backward(autograd::AutogradContext* context, variable_list gradients) {
     const variable_list saved = context->get_saved_variables();
-    const at::Tensor &input = saved[0], &weight = saved[1];
-    const at::Tensor gradient = gradients[0].reshape({-1, weight.size(0)});
+    const at::Tensor &input = saved[0], &weight = saved[1], &gradient = gradients[0];
     variable_list result(3);
-    if (context->needs_input_grad(0)) result[0] = gradient.mm(weight).reshape_as(input);
-    if (context->needs_input_grad(1))
-      result[1] = weight_gradient(weight, gradient, input.reshape({-1, weight.size(1)}));
-    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2))
-      result[2] = gradient.sum(0);
+    if (context->needs_input_grad(0)) result[0] = gradient.mm(weight);
+    if (context->needs_input_grad(1)) result[1] = weight_gradient(weight, gradient, input);
+    // A bias is the third input, if there is one; autograd itself adds up the rows.
+    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) result[2] = gradient;
     return result;
   }
 };
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias) {
-  if (at::GradMode::is_enabled() && weight.requires_grad() && input.dim() >= 2 &&
-      input.layout() == at::kStrided && input.scalar_type() == weight.scalar_type() &&
-      (!bias || !bias->defined() || bias->dim() == 1))
-    if (const ParameterHook* hook = find_hook(weight); hook && hook->direct)
-      return DirectLinear::apply(input, weight, bias);
-  return at::native::linear(input, weight, bias);
+// The parameter that `factor` is the transpose of, if its gradient may be born in place.
+at::Tensor parameter_of(const at::Tensor& input, const at::Tensor& factor) {
+  if (!at::GradMode::is_enabled() || !factor.requires_grad() || !factor.is_view()) return {};
+  at::Tensor base(factor._base());
+  const ParameterHook* hook = base.is_leaf() ? find_hook(base) : nullptr;
+  if (!hook || !hook->direct || factor.dim() != 2 ||
+      factor.const_data_ptr() != base.const_data_ptr() || factor.size(0) != base.size(1) ||
+      factor.size(1) != base.size(0) || factor.stride(0) != base.stride(1) ||
+      factor.stride(1) != base.stride(0) || input.layout() != at::kStrided ||
+      input.scalar_type() != base.scalar_type())
+    return {};
+  return base;
 }
 
-// linear() is a composition of other operators; here it gets a kernel of its own, above them. Casts
-// (autocast) come before it, and without autograd (inference mode) it is not reached. For every
-// weight without a place it is the composition again.
-TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) { library.impl("linear", TORCH_FN(linear)); }
+// torch::nn::Linear, torch::nn::functional::linear and at::linear all become addmm(bias, input,
+// weight.t()) or mm(input, weight.t()), with leading dimensions folded. These two get a kernel for
+// autograd on the CPU that looks for parameters with a place. All else goes to libtorch's own,
+// which is registered for every kind of autograd and so also found under AutogradOther. Casts
+// (autocast) come before this, and without autograd it is not reached.
+c10::DispatchKeySet libtorchs_own(c10::DispatchKeySet keys) {
+  return (keys - c10::DispatchKeySet(c10::DispatchKey::AutogradFunctionality))
+      .add(c10::DispatchKey::AutogradOther);
+}
+
+at::Tensor mm(c10::DispatchKeySet keys, const at::Tensor& input, const at::Tensor& factor) {
+  if (const at::Tensor weight = parameter_of(input, factor); weight.defined())
+    return DirectLinear::apply(input, weight, std::optional<at::Tensor>());
+  return at::_ops::mm::redispatch(libtorchs_own(keys), input, factor);
+}
+
+at::Tensor addmm(c10::DispatchKeySet keys, const at::Tensor& bias, const at::Tensor& input,
+                 const at::Tensor& factor, const at::Scalar& beta, const at::Scalar& alpha) {
+  if (beta.equal(1) && alpha.equal(1))
+    if (const at::Tensor weight = parameter_of(input, factor); weight.defined())
+      return DirectLinear::apply(input, weight, std::optional<at::Tensor>(bias));
+  return at::_ops::addmm::redispatch(libtorchs_own(keys), bias, input, factor, beta, alpha);
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) {
+  library.impl("mm", TORCH_FN(mm));
+  library.impl("addmm", TORCH_FN(addmm));
+}
 
 }  // namespace
 

@@ -1,6 +1,6 @@
-// Gradients born where they are needed: the weight gradient of a Linear layer (any call of linear()
-// with the parameter itself as weight) is written by the matrix product straight into its place,
-// instead of into a fresh buffer that is copied there afterwards. Bits are the same.
+// Gradients born where they are needed: the weight gradient of a Linear layer (any product with the
+// transposed parameter itself) is written by the matrix product straight into its place, instead of
+// into a fresh buffer that is copied there afterwards. Bits are the same.
 //
 // It is done where it pays, chosen by shape alone: weights of two dimensions with at least
 // kDirectElements elements. Where it would be wrong, the gradient arrives in a buffer as usual: a
