@@ -6,3 +6,4 @@
 #include "lockstep/parallel/data_loader.h"
 #include "lockstep/parallel/data_parallel.h"
 #include "lockstep/parallel/distributed_sampler.h"
+#include "lockstep/parallel/shared_weights.h"
