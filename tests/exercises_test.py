@@ -78,5 +78,38 @@ def test_linear_support_vector_machine(folder):
     learned(report, 0.9)
 
 
+def test_a_rare_class_is_found_again_by_weighting(folder):
+    recall = {}
+    for partition in ("none", "weighted"):
+        os.makedirs(f"{folder}/{partition}")
+        out, report = exercise(f"{folder}/{partition}", "rare-class-weighted", "--set",
+                               f"dataset.partition={partition}", "--set", "train.max_steps=250")
+        contains(out, "recall by class: 0.")
+        recall[partition] = report["solution"]["recall"][6]
+    assert recall["weighted"] > recall["none"] + 0.1, recall
+
+
+def test_resnet18(folder):
+    _, report = exercise(folder, "resnet18", "--set", "train.max_steps=2", "--set",
+                         "train.batch_size=4", "--set", "split.test=0.0005")
+    equal(report["parameters"], 11_172_810, "parameters")
+
+
+def test_gpt_learns_text_and_writes_more_of_it(folder):
+    out, report = exercise(folder, "gpt", "--set", "train.max_steps=40", "--set", "model.layers=1",
+                           "--set", "schedule.warmup_steps=5",
+                           "--set", "model.width=32", "--set", "split.test=0.01", "--set",
+                           "train.batch_size=8")
+    contains(out, "nats per byte, perplexity")
+    assert report["epochs"][-1]["test_loss"] < 4.5, report["epochs"]
+    with open(f"{folder}/prompt.txt", "w") as file:
+        file.write("#include <")
+    lockstep("predict", f"{folder}/out", "--data", f"{folder}/prompt.txt", "--output",
+             f"{folder}/more.txt")
+    with open(f"{folder}/more.txt") as file:
+        text = file.read()
+    assert text.startswith("#include <") and len(text) > 500, text
+
+
 if __name__ == "__main__":
     main(globals())

@@ -1,6 +1,8 @@
 """The same job gives the same weights, bit for bit: on any number of workers, run after run."""
 
-from harness import equal, lockstep, main, make_csv, make_idx_folder, train
+import os
+
+from harness import ROOT, equal, lockstep, main, make_csv, make_idx_folder, train
 
 MLP = """
 recipe = "mnist"
@@ -54,6 +56,34 @@ test = 0.2
 """
 
 
+RESNET = """
+recipe = "mnist"
+[model]
+name = "resnet18"
+[optimizer]
+name = "momentum"
+lr = 0.01
+[train]
+max_steps = 2
+global_batch_size = 8
+virtual_ranks = 2
+"""
+
+GPT = """
+recipe = "gpt"
+[model]
+layers = 2
+heads = 2
+width = 32
+context = 32
+dropout = 0.1
+[train]
+max_steps = 6
+global_batch_size = 8
+virtual_ranks = 4
+"""
+
+
 def result(report):
     """Everything in a report that the job determines."""
     return report["weights_sha256"], [
@@ -84,6 +114,26 @@ def test_cnn_with_batch_norm_and_dropout(folder):
 
 def test_csv(folder):
     equal_on(folder, CSV, make_csv(f"{folder}/table.csv"), [1, 2, 4])
+
+
+def test_resnet18(folder):
+    equal_on(folder, RESNET, make_idx_folder(f"{folder}/data", train_rows=20, test_rows=4), [1, 2])
+
+
+def test_gpt_on_text(folder):
+    text = equal_on(folder, GPT, os.path.join(ROOT, "docs"), [1, 2, 4])
+    assert text[1][-1]["test_loss"] < 5.5, text  # log(256) = 5.545 before anything is learned
+
+
+def test_partitions(folder):
+    data = make_csv(f"{folder}/table.csv")
+    results = []
+    for settings in ('"range"', '"hash"\npartition_key = "a"', '"stratified"\npartition_key = "c"',
+                     '"weighted"\npartition_key = "b"'):
+        job = CSV.replace('target = "target"', f'target = "target"\npartition = {settings}')
+        os.makedirs(f"{folder}/{len(results)}")
+        results.append(equal_on(f"{folder}/{len(results)}", job, data, [1, 2, 4])[0])
+    equal(len(set(results)), 4, "different orders")
 
 
 def test_another_seed_gives_another_result(folder):

@@ -70,6 +70,12 @@ struct CsvOptions {
 Dataset parse_csv(const std::string& content, const std::string& name, const CsvOptions& options);
 Dataset load_csv(const std::filesystem::path& path, const CsvOptions& options);
 
+// --- Text: the bytes of files, one sample a block of `block` bytes that begins with the last byte
+// of the one before, so that every byte but the first is once a target. --- A file, or the files of
+// a folder and its folders in the order of their paths; several of either. Throws ConfigError:
+// none, unreadable, less than one block, more than 1 GB.
+Dataset load_text(const std::vector<std::filesystem::path>& places, std::int64_t block);
+
 // --- Made up: y = x·w + bias + noise, x standard normal. Known weights for checking. ---
 struct LinearRegressionData {
   Dataset data;
@@ -82,6 +88,13 @@ LinearRegressionData make_linear_regression(std::uint64_t rows, std::int64_t fea
 // --- Transformations ---
 // Keeps the rows of the given classes and renames them 0, 1, … in the order given.
 Dataset select_classes(const Dataset& data, const std::vector<std::int64_t>& classes);
+// Keeps round(fraction * count) of a class's rows, at least 1, chosen by a keyed permutation.
+Dataset thin_class(const Dataset& data, std::int64_t class_number, double fraction,
+                   std::uint64_t seed);
+// A key for each row: its class, or the value of a column (a feature's name, or `target`'s). Throws
+// ConfigError for a column that there is not, with the nearest as a hint.
+std::vector<std::uint64_t> keys_of(const Dataset& data, const std::string& column,
+                                   const std::string& target);
 // Rows chosen for the test set by a keyed permutation: test = round(fraction * rows), at least 1
 // row on either side.
 TrainTest split_dataset(const Dataset& data, double test_fraction, std::uint64_t seed);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <string>
 
@@ -6,6 +7,7 @@
 #include "lockstep/base/hash.h"
 #include "lockstep/data/dataset.h"
 #include "lockstep/data/ledger.h"
+#include "lockstep/job/nearest.h"
 
 namespace lockstep {
 namespace {
@@ -106,6 +108,54 @@ Dataset select_classes(const Dataset& data, const std::vector<std::int64_t>& cla
   for (std::int64_t& c : result.classes) c = renamed(c);
   result.class_count = static_cast<std::int64_t>(classes.size());
   return result;
+}
+
+Dataset thin_class(const Dataset& data, std::int64_t class_number, double fraction,
+                   std::uint64_t seed) {
+  std::vector<std::uint64_t> of_class;
+  for (std::uint64_t row = 0; row < data.classes.size(); ++row)
+    if (data.classes[row] == class_number) of_class.push_back(row);
+  if (of_class.empty())
+    throw ConfigError(data.source + ": there is no row of class " + std::to_string(class_number),
+                      "dataset.keep_class is 0 to " + std::to_string(data.class_count - 1));
+  const std::uint64_t count = of_class.size();
+  const double wanted = std::round(fraction * static_cast<double>(count));
+  const auto kept = std::clamp<std::uint64_t>(static_cast<std::uint64_t>(wanted), 1, count);
+  const Permutation permutation(count, mix({seed, 0x7468696e}));  // "thin"
+  std::vector<bool> dropped(data.rows);
+  for (std::uint64_t i = kept; i < count; ++i) dropped[of_class[permutation(i)]] = true;
+  std::vector<std::uint64_t> rows;
+  for (std::uint64_t row = 0; row < data.rows; ++row)
+    if (!dropped[row]) rows.push_back(row);
+  return take_rows(data, rows);
+}
+
+std::vector<std::uint64_t> keys_of(const Dataset& data, const std::string& column,
+                                   const std::string& target) {
+  std::vector<std::uint64_t> keys(data.rows);
+  const auto key = [](float value) {  // 0 and -0 are one
+    return std::uint64_t{std::bit_cast<std::uint32_t>(value == 0 ? 0.0f : value)};
+  };
+  if (column.empty() || (column == target && !data.classes.empty())) {
+    LOCKSTEP_CHECK(data.classes.size() == data.rows);
+    std::ranges::copy(data.classes, keys.begin());
+  } else if (column == target) {
+    std::ranges::transform(data.targets, keys.begin(), key);
+  } else {
+    const auto found = std::ranges::find(data.feature_names, column);
+    if (found == data.feature_names.end()) {
+      std::vector<std::string> names = data.feature_names;
+      names.push_back(target);
+      const std::string near = nearest(column, names);
+      throw ConfigError(data.source + ": there is no column " + column,
+                        near.empty() ? "one of its header" : "did you mean " + near + "?");
+    }
+    const auto width = static_cast<std::size_t>(data.sample_size());
+    const auto at = static_cast<std::size_t>(found - data.feature_names.begin());
+    for (std::uint64_t row = 0; row < data.rows; ++row)
+      keys[row] = key(data.values[row * width + at]);
+  }
+  return keys;
 }
 
 TrainTest split_dataset(const Dataset& data, double test_fraction, std::uint64_t seed) {

@@ -1,10 +1,14 @@
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <set>
 
 #include "lockstep/base/error.h"
+#include "lockstep/base/file.h"
 #include "lockstep/data/dataset.h"
 
 namespace lockstep {
@@ -33,6 +37,58 @@ TEST(SelectClasses, KeepsAndRenamesInTheOrderGiven) {
   EXPECT_THROW(select_classes(numbered(6), {0, 3}), ConfigError);
   EXPECT_THROW(select_classes(numbered(6), {-1, 0}), ConfigError);
   EXPECT_THROW(select_classes(numbered(1), {1, 2}), ConfigError);
+}
+
+TEST(ThinClass, KeepsAPartOfOneClassAndAllOfTheOthers) {
+  const Dataset data = thin_class(numbered(300), 1, 0.05, 7);
+  EXPECT_EQ(data.rows, 205u);
+  EXPECT_EQ(std::count(data.classes.begin(), data.classes.end(), 1), 5);
+  for (std::size_t row = 0; row < data.rows; ++row)
+    EXPECT_EQ(static_cast<std::int64_t>(data.values[2 * row]) % 3, data.classes[row]);
+  EXPECT_EQ(thin_class(numbered(300), 1, 0.05, 7).values, data.values);
+  EXPECT_NE(thin_class(numbered(300), 1, 0.05, 8).values, data.values);
+  EXPECT_EQ(thin_class(numbered(6), 2, 1e-9, 7).rows, 5u);
+  EXPECT_THROW(thin_class(numbered(6), 3, 0.5, 7), ConfigError);
+}
+
+TEST(KeysOf, ClassesColumnsAndTargets) {
+  Dataset data = numbered(5);
+  data.feature_names = {"a", "b"};
+  EXPECT_EQ(keys_of(data, "", "y"), (std::vector<std::uint64_t>{0, 1, 2, 0, 1}));
+  EXPECT_EQ(keys_of(data, "y", "y"), keys_of(data, "", "y"));
+  data.values[3] = data.values[9] = 0.5f;
+  data.values[1] = -0.0f, data.values[5] = 0.0f;
+  const auto keys = keys_of(data, "b", "y");
+  EXPECT_EQ(keys[1], keys[4]);
+  EXPECT_EQ(keys[0], keys[2]);
+  EXPECT_NE(keys[0], keys[3]);
+  try {
+    keys_of(data, "B", "y");
+    ADD_FAILURE() << "accepted";
+  } catch (const ConfigError& error) {
+    EXPECT_NE(std::string(error.what()).find("did you mean b?"), std::string::npos);
+  }
+}
+
+class LoadText : public testing::Test {
+ protected:
+  LoadText() { std::filesystem::create_directories(folder_ / "b"); }
+  ~LoadText() override { std::filesystem::remove_all(folder_); }
+  const std::filesystem::path folder_ = std::filesystem::path(testing::TempDir()) /
+                                        ("lockstep_text_test_" + std::to_string(::getpid()));
+};
+
+TEST_F(LoadText, BlocksOfAllFilesInTheOrderOfTheirPaths) {
+  write_file_atomically(folder_ / "c", std::string_view("ghij"));
+  write_file_atomically(folder_ / "b" / "z", std::string_view("ef"));
+  write_file_atomically(folder_ / "a", std::string_view("abcd"));
+  const Dataset data = load_text({folder_}, 4);
+  EXPECT_EQ(data.sample_shape, (std::vector<std::int64_t>{4}));
+  EXPECT_EQ(std::string(data.bytes.begin(), data.bytes.end()), "abcddefgghij");
+  EXPECT_EQ(data.rows, 3u);
+  EXPECT_EQ(load_text({folder_ / "a", folder_ / "c"}, 8).rows, 1u);
+  EXPECT_THROW(load_text({folder_}, 11), ConfigError);
+  EXPECT_THROW(load_text({folder_ / "none"}, 4), ConfigError);
 }
 
 TEST(SplitDataset, EveryRowOnOneSide) {

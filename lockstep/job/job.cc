@@ -172,6 +172,7 @@ class Builder {
     fail(found == origins_.end() ? name_ : found->second.where, key, message, hint);
   }
   void check_data(const job::Recipe& recipe) const;
+  void check_partition(bool classification) const;
   void check_schedule() const;
   void check_model(const job::Recipe& recipe, bool classification) const;
   void resolve_batch();
@@ -246,6 +247,8 @@ void Builder::check_data(const job::Recipe& recipe) const {
           "leave it out");
   require(recipe.images || job_.dataset.normalize != "unit", "dataset.normalize",
           "\"unit\" is for images", "\"standard\" or \"none\"");
+  require(!recipe.text || job_.dataset.normalize == "none", "dataset.normalize",
+          "text is not normalised", "\"none\"");
   const auto& classes = job_.dataset.classes;
   require(recipe.images || classes.empty(), "dataset.classes", "is for images", "leave it out");
   require(classes.size() != 1, "dataset.classes", "one class leaves nothing to tell apart",
@@ -255,6 +258,21 @@ void Builder::check_data(const job::Recipe& recipe) const {
   require(static_cast<double>(job_.dataset.rows) * static_cast<double>(job_.dataset.features) <=
               (1 << 30),
           "dataset.rows", "rows × features is above 2^30", "make fewer");
+}
+
+void Builder::check_partition(bool classification) const {
+  const DatasetSettings& data = job_.dataset;
+  require(classification || data.keep_fraction == 1, "dataset.keep_fraction", "is for classes",
+          "leave it out");
+  const bool keyed = data.partition != "none" && data.partition != "range";
+  require(keyed || data.partition_key.empty(), "dataset.partition_key",
+          fmt::format("dataset.partition = \"{}\" has no use for it", data.partition),
+          "hash, stratified or weighted, or leave it out");
+  require(job_.recipe == "csv" || data.partition_key.empty(), "dataset.partition_key", "is for csv",
+          "leave it out: the key is the class");
+  require(!keyed || classification || !data.partition_key.empty(), "dataset.partition",
+          fmt::format("{} needs a key, and there are no classes", data.partition),
+          job_.recipe == "csv" ? "dataset.partition_key = \"COLUMN\"" : "\"none\" or \"range\"");
 }
 
 void Builder::check_schedule() const {
@@ -268,8 +286,16 @@ void Builder::check_schedule() const {
 }
 
 void Builder::check_model(const job::Recipe& recipe, bool classification) const {
-  require(recipe.images || job_.model.name != "cnn", "model.name",
-          fmt::format("cnn is for images, not for {}", recipe.name), "\"mlp\"");
+  const ModelSettings& model = job_.model;
+  require(recipe.images || (model.name != "cnn" && model.name != "resnet18"), "model.name",
+          fmt::format("{} is for images, not for {}", model.name, recipe.name),
+          recipe.text ? "\"gpt\"" : "\"mlp\"");
+  require(recipe.text == (model.name == "gpt"), "model.name",
+          fmt::format("{} is not for {}", model.name, recipe.name),
+          recipe.text ? "\"gpt\"" : "\"mlp\"");
+  require(model.width % model.heads == 0, "model.width",
+          fmt::format("{} does not divide into {} heads", model.width, model.heads),
+          fmt::format("{}", (model.width / model.heads + 1) * model.heads));
   require(job_.model.name == "cnn" || !job_.model.batch_norm, "model.batch_norm", "is for the cnn",
           "model.name = \"cnn\", or leave it out");
   const std::string& loss = job_.loss.name;
@@ -277,6 +303,9 @@ void Builder::check_model(const job::Recipe& recipe, bool classification) const 
       classification == (loss == "cross_entropy" || loss == "hinge"), "loss.name",
       fmt::format("{} does not fit {}", loss, classification ? "classes" : "regression"),
       classification ? "cross_entropy, or hinge for two classes" : "mean_squared_error or huber");
+  require(loss == "cross_entropy" || !recipe.text, "loss.name", "gpt learns by cross_entropy",
+          "leave it out");
+  require(!recipe.text || !job_.loss.one_hot, "loss.one_hot", "is not for gpt", "leave it out");
   require(loss != "hinge" || !recipe.images || job_.dataset.classes.size() == 2, "loss.name",
           "hinge needs exactly two classes", "for example dataset.classes = [0, 1]");
   require(loss == "cross_entropy" || !job_.loss.one_hot, "loss.one_hot", "is for cross_entropy",
@@ -318,12 +347,13 @@ Job Builder::resolve() && {
   const auto recipe = std::find_if(recipes.begin(), recipes.end(),
                                    [&](const auto& r) { return r.name == job_.recipe; });
   LOCKSTEP_CHECK(recipe != recipes.end());  // the schema lets no other name in
-  const bool classification =
-      recipe->images || (job_.recipe == "csv" && job_.dataset.task == "classification");
+  const bool classification = recipe->images || recipe->text ||
+                              (job_.recipe == "csv" && job_.dataset.task == "classification");
   if (level_of("loss.name") == Level::defaults)
     job_.loss.name = classification ? "cross_entropy" : "mean_squared_error";
   if (job_.dataset.delimiter == "\\t") job_.dataset.delimiter = "\t";  // as a shell leaves it
   check_data(*recipe);
+  check_partition(classification && !recipe->text);
   check_schedule();
   check_model(*recipe, classification);
   resolve_batch();
@@ -379,22 +409,6 @@ Job resolve_job(const std::string& name_or_path, const std::vector<Override>& ov
     throw ConfigError(error.what(), "a job file or one of the recipes' names");
   }
   return parse_job(text, printable(name_or_path), overrides);
-}
-
-std::string to_toml(const Job& job) {
-  std::string result;
-  std::string section;
-  for (const Key& key : job::schema()) {
-    if (!key.written) continue;
-    const std::size_t dot = key.name.find('.');
-    if (dot != std::string_view::npos && key.name.substr(0, dot) != section) {
-      section = key.name.substr(0, dot);
-      result += fmt::format("\n[{}]\n", section);
-    }
-    const auto leaf = dot == std::string_view::npos ? key.name : key.name.substr(dot + 1);
-    result += fmt::format("{} = {}\n", leaf, job::value_as_toml(key, job));
-  }
-  return result;
 }
 
 // The defaults of a recipe stand beside the general one where they differ.

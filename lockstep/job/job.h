@@ -16,11 +16,16 @@
 namespace lockstep {
 
 struct ModelSettings {
-  std::string name = "mlp";                      // mlp | cnn
+  std::string name = "mlp";                      // mlp | cnn | resnet18 | gpt
   std::vector<std::int64_t> widths = {128, 64};  // mlp: hidden layers, possibly none
   bool batch_norm = false;                       // cnn
   double dropout = 0.0;                          // cnn, mlp: before the last layer
   bool bias = true;
+  std::int64_t layers = 4;  // gpt, as the rest
+  std::int64_t heads = 4;
+  std::int64_t width = 128;    // of embeddings, a multiple of heads
+  std::int64_t context = 128;  // bytes
+  bool tied = true;            // the output layer is the embedding
   bool operator==(const ModelSettings&) const = default;
 };
 struct OptimizerSettings {
@@ -51,6 +56,10 @@ struct LossSettings {
 struct DatasetSettings {
   std::string normalize = "standard";  // none | unit (bytes / 255) | standard (mean 0, deviation 1)
   std::vector<std::int64_t> classes = {};  // idx: only these classes, renamed 0, 1, …
+  std::int64_t keep_class = 0;             // classification: of this class only …
+  double keep_fraction = 1.0;              // … this part of the training rows
+  std::string partition = "none";          // none | range | hash | stratified | weighted
+  std::string partition_key = {};          // csv: a column; empty: the class
   std::string target = {};                 // csv: the target column
   std::string task = "regression";         // csv: regression | classification
   std::string delimiter = ",";             // csv
@@ -87,7 +96,7 @@ struct WorkerSettings {
 };
 
 struct Job {
-  std::string recipe;  // fashion-mnist | mnist | linear-regression | csv
+  std::string recipe;  // fashion-mnist | mnist | linear-regression | csv | resnet18 | gpt
   std::string data;    // folder or file; "" where the recipe makes its own
   std::string output;  // folder; "" = runs/RECIPE-N, the next free N
   SplitSettings split;

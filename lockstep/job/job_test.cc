@@ -187,7 +187,7 @@ TEST(Job, NumbersFitFloats) {
 TEST(Job, UnknownWords) {
   EXPECT_EQ(error_of_mnist("model.name = 'mpl'"),
             "job.toml:3: model.name: unknown model \"mpl\"; hint: did you mean \"mlp\"? (one of "
-            "mlp, cnn)");
+            "mlp, cnn, resnet18, gpt)");
   EXPECT_THAT(error_of("recipe = 'mnits'"), HasSubstr("did you mean \"mnist\"?"));
   EXPECT_THAT(error_of_mnist("dataset.normalize = 'unti'"),
               HasSubstr("unknown normalize \"unti\"; hint: did you mean \"unit\"?"));
@@ -325,6 +325,18 @@ TEST(Job, KeysThatDoNotFitTogether) {
       {"recipe = 'fashion-mnist'\nmodel.batch_norm = true", "is for the cnn"},
       {"recipe = 'fashion-mnist'\ndataset.classes = [1]", "one class"},
       {"recipe = 'fashion-mnist'\ndataset.classes = [1, 1]", "twice"},
+      {csv + "dataset.keep_fraction = 0.5", "dataset.keep_fraction: is for classes"},
+      {csv + "dataset.partition = 'weighted'", "weighted needs a key"},
+      {csv + "dataset.partition_key = 'a'", "\"none\" has no use for it"},
+      {"recipe = 'fashion-mnist'\ndataset.partition = 'hash'\ndataset.partition_key = 'a'",
+       "dataset.partition_key: is for csv"},
+      {csv + "model.name = 'resnet18'", "model.name: resnet18 is for images"},
+      {csv + "model.name = 'gpt'", "model.name: gpt is not for csv"},
+      {"recipe = 'gpt'\nmodel.name = 'mlp'", "model.name: mlp is not for gpt"},
+      {"recipe = 'gpt'\nmodel.width = 130", "model.width: 130 does not divide into 4 heads"},
+      {"recipe = 'gpt'\nloss.name = 'hinge'", "gpt learns by cross_entropy"},
+      {"recipe = 'gpt'\ndataset.normalize = 'standard'", "text is not normalised"},
+      {"recipe = 'gpt'\ndataset.partition = 'stratified'", "stratified needs a key"},
   };
   for (const auto& [toml, expected] : cases) {
     const std::string error = error_of(toml);

@@ -41,7 +41,9 @@ std::vector<Key> make_schema() {
   return {
       {"recipe", member<&Job::recipe>, one_of(recipe_names()), "what to train on"},
       {"data", member<&Job::data>, any(),
-       "folder (mnist, fashion-mnist) or file (csv); relative to the current folder"},
+       "folder (images), file (csv), or either (gpt; empty: libtorch's headers); relative to the "
+       "current "
+       "folder"},
       {"output", member<&Job::output>, any(),
        "folder to write to; empty: runs/RECIPE-N with the next free N", false},
 
@@ -55,6 +57,19 @@ std::vector<Key> make_schema() {
        "unit: pixels / 255; standard: mean 0 and deviation 1, measured on the training set"},
       {"dataset.classes", member<&Job::dataset, &D::classes>, between(0, 255),
        "images: only these classes, renamed 0, 1, …; empty: all"},
+      {"dataset.keep_class", member<&Job::dataset, &D::keep_class>, between(0, 65535),
+       "classification: the class that keep_fraction is of, as it is named after dataset.classes"},
+      {"dataset.keep_fraction", member<&Job::dataset, &D::keep_fraction>,
+       Limits{.low = 0, .high = 1, .low_excluded = true},
+       "the part of that class's training rows that is kept, to make it rare; the test set stays"},
+      {"dataset.partition", member<&Job::dataset, &D::partition>,
+       one_of({"none", "range", "hash", "stratified", "weighted"}),
+       "which rows go together: a virtual rank has its own range of them, or those whose key "
+       "hashes "
+       "to it; every batch has each key's in proportion; or rows drawn with replacement, each key "
+       "as often as the others"},
+      {"dataset.partition_key", member<&Job::dataset, &D::partition_key>, any(),
+       "csv: the column that is the key; empty: the class"},
       {"dataset.target", member<&Job::dataset, &D::target>, any(),
        "csv: the target column's name; a table to predict may lack the column, and one empty cell "
        "in it is as good as that"},
@@ -71,15 +86,23 @@ std::vector<Key> make_schema() {
       {"dataset.seed", member<&Job::dataset, &D::seed>, seed,
        "linear-regression: seed of rows and weights"},
 
-      {"model.name", member<&Job::model, &M::name>, one_of({"mlp", "cnn"}),
-       "cnn: two convolutions and a dense layer, for images"},
+      {"model.name", member<&Job::model, &M::name>, one_of({"mlp", "cnn", "resnet18", "gpt"}),
+       "cnn: two convolutions and a dense layer; resnet18: with a 3 × 3 stem; both for images"},
       {"model.widths", member<&Job::model, &M::widths>, between(1, 1 << 20),
        "mlp: sizes of the hidden layers; []: a linear model"},
       {"model.batch_norm", member<&Job::model, &M::batch_norm>, any(),
        "cnn: batch normalisation after each convolution"},
       {"model.dropout", member<&Job::model, &M::dropout>, fraction(),
-       "share of activations dropped before the last layer"},
+       "share of activations dropped before the last layer (gpt: wherever GPT-2 does)"},
       {"model.bias", member<&Job::model, &M::bias>, any(), "layers have a bias"},
+      {"model.layers", member<&Job::model, &M::layers>, between(1, 1024), "gpt: blocks"},
+      {"model.heads", member<&Job::model, &M::heads>, between(1, 1024), "gpt: of attention"},
+      {"model.width", member<&Job::model, &M::width>, between(1, 65536),
+       "gpt: of the embeddings, a multiple of heads"},
+      {"model.context", member<&Job::model, &M::context>, between(1, 65536),
+       "gpt: bytes that a prediction sees; a sample is a block of so many"},
+      {"model.tied", member<&Job::model, &M::tied>, any(),
+       "gpt: the output layer is the embedding, transposed"},
 
       {"optimizer.name", member<&Job::optimizer, &O::name>,
        one_of({"sgd", "momentum", "nesterov", "adam", "adamw", "closed_form"}),
@@ -197,15 +220,28 @@ const std::vector<Key>& schema() {
 const std::vector<Recipe>& recipes() {
   // The loss's default follows from the task; see resolve() in job.cc.
   static const std::vector<Recipe> list = {
-      {"fashion-mnist", true, false, R"(data = "/usr/share/datasets/fashion-mnist")"},
-      {"mnist", true, true, ""},
-      {"linear-regression", false, false, R"(
+      {"fashion-mnist", true, false, false, R"(data = "/usr/share/datasets/fashion-mnist")"},
+      {"mnist", true, false, true, ""},
+      {"linear-regression", false, false, false, R"(
 split.test = 0.2
 dataset.normalize = "none"
 model.widths = []
 optimizer = { name = "sgd", lr = 0.1 }
 train.batch_size = 16)"},
-      {"csv", false, true, "split.test = 0.2"},
+      {"csv", false, false, true, "split.test = 0.2"},
+      {"resnet18", true, false, false, R"(
+data = "/usr/share/datasets/fashion-mnist"
+model.name = "resnet18"
+optimizer = { name = "momentum", lr = 0.05, weight_decay = 5e-4 }
+schedule = { name = "cosine", warmup_steps = 20 }
+train.batch_size = 32)"},
+      {"gpt", false, true, false, R"(
+split.test = 0.05
+dataset.normalize = "none"
+model.name = "gpt"
+optimizer = { name = "adamw", lr = 2e-3, weight_decay = 0.1 }
+schedule = { name = "cosine", warmup_steps = 50 }
+train = { epochs = 1, batch_size = 16, clip_grad_norm = 1.0 })"},
   };
   return list;
 }
@@ -283,6 +319,22 @@ const std::vector<std::string>& recipe_names() {
     return result;
   }();
   return names;
+}
+
+std::string to_toml(const Job& job) {
+  std::string result;
+  std::string section;
+  for (const job::Key& key : job::schema()) {
+    if (!key.written) continue;
+    const std::size_t dot = key.name.find('.');
+    if (dot != std::string_view::npos && key.name.substr(0, dot) != section) {
+      section = key.name.substr(0, dot);
+      result += fmt::format("\n[{}]\n", section);
+    }
+    const auto leaf = dot == std::string_view::npos ? key.name : key.name.substr(dot + 1);
+    result += fmt::format("{} = {}\n", leaf, job::value_as_toml(key, job));
+  }
+  return result;
 }
 
 }  // namespace lockstep

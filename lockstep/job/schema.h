@@ -40,6 +40,7 @@ struct Key {
 struct Recipe {
   std::string name;
   bool images = false;        // IDX images with a test set of their own
+  bool text = false;          // any files, as bytes
   bool needs_data = false;    // no default folder
   std::string_view defaults;  // TOML, applied before the user's settings
 };

@@ -1,7 +1,10 @@
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "lockstep/base/error.h"
 #include "lockstep/recipes/recipe.h"
+#include "lockstep/recipes/text.h"
 
 namespace lockstep {
 namespace {
@@ -32,6 +35,16 @@ TrainTest load_images(const Job& job) {
   return {kept(std::move(sets.train)), kept(std::move(sets.test))};
 }
 
+Partition partition_of(const Job& job, const Dataset& train) {
+  Partition partition{.kind = partition_kind(job.dataset.partition)};
+  using Kind = Partition::Kind;
+  if (partition.kind == Kind::none || partition.kind == Kind::range) return partition;
+  partition.keys = keys_of(train, job.dataset.partition_key, job.dataset.target);
+  if (partition.kind == Kind::weighted)
+    partition.weights = balancing_weights(std::exchange(partition.keys, {}));
+  return partition;
+}
+
 }  // namespace
 
 RecipeData load_recipe_data(const Job& job) {
@@ -49,9 +62,18 @@ RecipeData load_recipe_data(const Job& job) {
                                  .classification = job.dataset.task == "classification",
                                  .delimiter = job.dataset.delimiter[0],
                                  .features = {}}));
+  } else if (job.recipe == "gpt") {
+    loaded.sets = split_if_asked(
+        job, load_text(job.data.empty() ? libtorch_headers()
+                                        : std::vector<std::filesystem::path>{job.data},
+                       job.model.context + 1));
   } else {
     loaded.sets = load_images(job);
   }
+  Dataset& train = loaded.sets.train;
+  if (job.dataset.keep_fraction < 1)
+    train = thin_class(train, job.dataset.keep_class, job.dataset.keep_fraction, job.train.seed);
+  loaded.partition = partition_of(job, train);
   loaded.normalization = normalization_for(job, loaded.sets.train);
   return loaded;
 }

@@ -14,6 +14,8 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
+#include "lockstep/recipes/gpt.h"
+#include "lockstep/recipes/resnet.h"
 
 namespace lockstep {
 namespace {
@@ -90,6 +92,18 @@ class Cnn : public torch::nn::Module {
   Linear dense_, output_;
 };
 
+// Images as [n, channels, height, width]; the sample's shape says where the channels are one.
+struct ImageShape {
+  std::int64_t channels, height, width;
+};
+ImageShape image_shape(const std::string& model, const std::vector<std::int64_t>& shape) {
+  const std::size_t size = shape.size();
+  if (size < 2 || size > 3 || std::min(shape[size - 1], shape[size - 2]) < 4)
+    throw ConfigError(fmt::format("model.name: {} needs images of at least 4 x 4 pixels", model),
+                      "model.name = \"mlp\" takes any table");
+  return {size == 3 ? shape[0] : 1, shape[size - 2], shape[size - 1]};
+}
+
 template <typename Net>
 Model wrap(std::shared_ptr<Net> net) {
   return {net, [net](const at::Tensor& input) { return net->forward(input); }};
@@ -100,11 +114,13 @@ Model wrap(std::shared_ptr<Net> net) {
 Model make_model(const ModelSettings& settings, const std::vector<std::int64_t>& sample_shape,
                  std::int64_t outputs, std::uint64_t seed) {
   at::manual_seed(mix({seed, 0x696e6974}));  // "init"
-  if (settings.name == "cnn") {
-    if (sample_shape.size() != 2 || std::min(sample_shape[0], sample_shape[1]) < 4)
-      throw ConfigError("model.name: cnn needs images of at least 4 x 4 pixels",
-                        "model.name = \"mlp\" takes any table");
-    return wrap(std::make_shared<Cnn>(settings, 1, sample_shape[0], sample_shape[1], outputs));
+  if (settings.name == "gpt") return wrap(std::make_shared<Gpt>(settings, outputs));
+  if (settings.name == "cnn" || settings.name == "resnet18") {
+    const ImageShape image = image_shape(settings.name, sample_shape);
+    if (settings.name == "resnet18")
+      return wrap(std::make_shared<ResNet18>(image.channels, outputs, settings.dropout));
+    return wrap(
+        std::make_shared<Cnn>(settings, image.channels, image.height, image.width, outputs));
   }
   std::int64_t inputs = 1;
   for (std::int64_t extent : sample_shape) inputs *= extent;

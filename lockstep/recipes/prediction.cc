@@ -8,11 +8,13 @@
 #include <numeric>
 
 #include "lockstep/base/error.h"
+#include "lockstep/base/file.h"
 #include "lockstep/observe/event.h"
 #include "lockstep/recipes/loss.h"
 #include "lockstep/recipes/model.h"
 #include "lockstep/recipes/recipe.h"
 #include "lockstep/recipes/saved_model.h"
+#include "lockstep/recipes/text.h"
 
 namespace lockstep {
 namespace {
@@ -75,7 +77,7 @@ class RowWriter {
 
 // Outputs of the trained model: the extent of its last bias-like tensor, the output layer's weight.
 std::int64_t outputs_of(const Job& job, const SafetensorsFile& file, const std::string& path) {
-  const std::string name = job.model.name == "cnn"
+  const std::string name = job.model.name != "mlp"
                                ? "output.weight"
                                : fmt::format("layer{}.weight", job.model.widths.size() + 1);
   const TensorView* weight = file.find(name);
@@ -96,11 +98,34 @@ void report(const World& world, std::uint64_t rows, bool labelled, double correc
   world.events().emit({{"event", "message"}, {"text", text}});
 }
 
+// gpt's prediction: the text in `data` and more of it. One rank's work.
+void continue_text(const World& world, const Job& job, const SafetensorsFile& file,
+                   const std::filesystem::path& weights, const std::filesystem::path& data) {
+  constexpr std::int64_t kLength = 1000;
+  if (world.rank() != 0) return;
+  const Model model = make_model(job.model, {}, kByteValues, job.train.seed);
+  load_module(*model.module, file, weights.string());
+  model.module->eval();
+  std::string prompt;
+  if (!data.empty()) try {
+      prompt = read_text_file(data);
+    } catch (const Error& error) {
+      throw ConfigError(error.what(), "a file with the text to go on from");
+    }
+  const std::string text = generate(model, job.model.context, prompt, kLength, job.train.seed);
+  // Bytes that are no UTF-8 become U+FFFD, as an event is JSON.
+  const std::string valid =
+      nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  world.events().emit(
+      {{"event", "predictions"}, {"block", 0}, {"text", nlohmann::json::parse(valid)}});
+}
+
 }  // namespace
 
 void run_prediction(const World& world, const Job& job, const std::filesystem::path& weights,
                     const std::filesystem::path& data) {
   const SafetensorsFile file = SafetensorsFile::read(weights);
+  if (job.model.name == "gpt") return continue_text(world, job, file, weights, data);
   const SavedInput input = read_input_tensors(file, weights.string());
   const Dataset rows = load_rows(job, data, input);
   if (rows.rows == 0) throw ConfigError(fmt::format("{}: no rows to predict", rows.source));

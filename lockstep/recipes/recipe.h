@@ -7,6 +7,7 @@
 
 #include "lockstep/cluster/world.h"
 #include "lockstep/data/dataset.h"
+#include "lockstep/data/partition.h"
 #include "lockstep/job/job.h"
 #include "lockstep/train/batches.h"
 
@@ -15,6 +16,7 @@ namespace lockstep {
 struct RecipeData {
   TrainTest sets;
   Normalization normalization;
+  Partition partition;               // of the training set
   std::vector<float> known_weights;  // linear-regression: what the data was made from
   float known_bias = 0;
 };

@@ -16,6 +16,8 @@
 #include "lockstep/recipes/model.h"
 #include "lockstep/recipes/recipe.h"
 #include "lockstep/recipes/saved_model.h"
+#include "lockstep/recipes/text.h"
+#include "lockstep/recipes/works.h"
 
 namespace lockstep {
 namespace {
@@ -52,6 +54,69 @@ TEST(Model, SameSeedSameWeights) {
   const auto other = make_model({}, {5}, 2, 8).module->parameters();
   for (std::size_t i = 0; i < first.size(); ++i) EXPECT_TRUE(first[i].equal(same[i]));
   EXPECT_FALSE(first[0].equal(other[0]));
+}
+
+TEST(Model, ResNet18PadsSmallImages) {
+  const Model model = make_model({.name = "resnet18"}, {28, 28}, 10, 1);
+  // torchvision's resnet18 has 11,689,512 with a 7×7 stem of 3 channels and 1,000 outputs.
+  EXPECT_EQ(parameter_count(model),
+            11'689'512 - 64 * 3 * 49 + 64 * 9 - 512 * 1000 - 1000 + 512 * 10 + 10);
+  model.module->eval();
+  const at::Tensor images = at::randn({2, 1, 28, 28});
+  at::Tensor padded = at::zeros({2, 1, 32, 32});
+  padded.slice(2, 2, 30).slice(3, 2, 30).copy_(images);
+  const at::Tensor output = model.forward(images);
+  EXPECT_EQ(output.sizes().vec(), (std::vector<std::int64_t>{2, 10}));
+  EXPECT_TRUE(output.equal(model.forward(padded)));
+}
+
+TEST(Model, GptSeesNothingAhead) {
+  const ModelSettings settings{.name = "gpt", .layers = 2, .heads = 2, .width = 16, .context = 8};
+  const Model model = make_model(settings, {}, 32, 1);
+  const std::int64_t block = 12 * 16 * 16 + 13 * 16;  // weights, biases and norms
+  EXPECT_EQ(parameter_count(model), 2 * block + 32 * 16 + 8 * 16 + 2 * 16);
+  ModelSettings untied = settings;
+  untied.tied = false;
+  EXPECT_EQ(parameter_count(make_model(untied, {}, 32, 1)), parameter_count(model) + 32 * 16);
+
+  at::Tensor tokens = at::tensor({1L, 2L, 3L, 4L, 5L, 6L}).reshape({1, 6});
+  const at::Tensor before = model.forward(tokens);
+  EXPECT_EQ(before.sizes().vec(), (std::vector<std::int64_t>{1, 6, 32}));
+  tokens[0][4] = 31;
+  const at::Tensor after = model.forward(tokens);
+  EXPECT_TRUE(after.slice(1, 0, 4).allclose(before.slice(1, 0, 4)));
+  EXPECT_FALSE(after.slice(1, 4, 5).allclose(before.slice(1, 4, 5)));
+  const Model bytes = make_model(settings, {}, kByteValues, 1);
+  EXPECT_EQ(generate(bytes, 8, "abc", 20, 1).size(), 23u);
+  EXPECT_EQ(generate(bytes, 8, "", 5, 1), generate(bytes, 8, "\n", 5, 1));
+}
+
+TEST(Text, BatchesAreBlocksAndTheSameOneByteOn) {
+  Dataset data;
+  data.sample_shape = {4};
+  data.bytes = {1, 2, 3, 250, 250, 6, 7, 8};
+  data.rows = 2;
+  const TextBatches batches(data);
+  const Batch batch = batches.batch(std::vector<std::uint64_t>{1, 0});
+  EXPECT_TRUE(batch.input.equal(at::tensor({250L, 6L, 7L, 1L, 2L, 3L}).reshape({2, 3})));
+  EXPECT_TRUE(batch.target.equal(at::tensor({6L, 7L, 8L, 2L, 3L, 250L}).reshape({2, 3})));
+  const LossValue loss = text_loss(at::zeros({2, 3, 256}), batch.target);
+  EXPECT_EQ(loss.weight, 6);
+  EXPECT_NEAR(loss.sum.item<double>(), 6 * std::log(256.0), 1e-4);
+}
+
+TEST(Works, EachTakesItsBatches) {
+  for (const Work& work : works()) {
+    if (work.name == "W3" || work.name == "W5") continue;  // seconds
+    const Model model = make_model(work, 1);
+    const std::vector<Batch> batches = make_batches(work, 1);
+    EXPECT_EQ(batches[0].input.size(0), work.batch_size);
+    const double loss =
+        mean_loss(model.forward(batches[0].input), batches[0].target).item<double>();
+    EXPECT_NEAR(loss, std::log(static_cast<double>(work.outputs)), 0.3) << work.name;
+  }
+  EXPECT_EQ(parameter_count(make_model(work_named("W4"), 1)), 10'721'664);
+  EXPECT_THROW(work_named("W6"), ConfigError);
 }
 
 TEST(Loss, CrossEntropyOfClassesAndOneHotAgree) {

@@ -15,6 +15,7 @@
 #include "lockstep/recipes/model.h"
 #include "lockstep/recipes/recipe.h"
 #include "lockstep/recipes/saved_model.h"
+#include "lockstep/recipes/text.h"
 #include "lockstep/train/events.h"
 #include "lockstep/train/snapshot.h"
 #include "lockstep/train/trainer.h"
@@ -141,10 +142,78 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
   if (world.rank() == 0) world.events().emit(finished_event("solved in closed form", 1, 1));
 }
 
+// Of each class, the part of its test rows that is predicted right: what shows whether a rare class
+// has been learned. A class without test rows has none.
+void report_recall(const World& world, const Task& task, const BatchSource& test,
+                   const Dataset& rows) {
+  constexpr std::uint64_t kBatch = 500;
+  const at::NoGradGuard no_grad;
+  task.module->eval();
+  const auto classes = static_cast<std::size_t>(rows.class_count);
+  std::vector<std::vector<std::uint64_t>> of_class(classes);
+  for (std::uint64_t row = 0; row < rows.rows; ++row)
+    of_class[static_cast<std::size_t>(rows.classes[row])].push_back(row);
+  std::vector<double> right(classes);
+  for (std::size_t c = 0; c < classes; ++c) {
+    const PositionRange mine =
+        even_part(of_class[c].size(), static_cast<std::uint64_t>(world.size()),
+                  static_cast<std::uint64_t>(world.rank()));
+    for (std::uint64_t first = mine.begin; first < mine.end; first += kBatch) {
+      const Batch batch =
+          test.batch(std::span(of_class[c]).subspan(first, std::min(kBatch, mine.end - first)));
+      right[c] += static_cast<double>(task.correct(task.forward(batch.input), batch.target));
+    }
+  }
+  world.group().all_reduce(std::as_writable_bytes(std::span(right)), Dtype::float64, Reduction::sum,
+                           {.tag = "recall"});
+  if (world.rank() != 0) return;
+  std::string text = "recall by class:";
+  nlohmann::json recall = nlohmann::json::array();
+  for (std::size_t c = 0; c < classes; ++c) {
+    recall.push_back(of_class[c].empty()
+                         ? nlohmann::json()
+                         : nlohmann::json(right[c] / static_cast<double>(of_class[c].size())));
+    text += recall.back().is_null() ? " -" : fmt::format(" {:.3f}", recall.back().get<double>());
+  }
+  world.events().emit({{"event", "message"}, {"text", text}});
+  world.events().emit({{"event", "solution"}, {"values", {{"recall", std::move(recall)}}}});
+}
+
+std::vector<EpochSummary> fit(const World& world, const Job& job, const RecipeData& data,
+                              TrainerOptions options, const Task& task, const BatchSource& train,
+                              const BatchSource* test) {
+  options.partition = data.partition;
+  const auto batch = static_cast<std::uint64_t>(job.train.global_batch_size);
+  const auto steps_per_epoch = static_cast<std::int64_t>((train.size() + batch - 1) / batch);
+  return Trainer(world, std::move(options))
+      .fit(task, optimizer_options(job.optimizer), schedule_for(job, steps_per_epoch), train, test);
+}
+
+void train_text(const World& world, const Job& job, const RecipeData& data) {
+  constexpr std::int64_t kEvaluatedBlocks = 32;  // at once: the outputs are large
+  const Model model =
+      make_model(job.model, data.sets.train.sample_shape, kByteValues, job.train.seed);
+  const Task task{model.module, model.forward, text_loss, {}};
+  const TextBatches train(data.sets.train), held_out(data.sets.test);
+  TrainerOptions options = trainer_options(job, {});
+  options.evaluation_batch_size = kEvaluatedBlocks;
+  const std::vector<EpochSummary> epochs =
+      fit(world, job, data, options, task, train, held_out.size() > 0 ? &held_out : nullptr);
+  if (world.rank() != 0 || !epochs.back().evaluated) return;
+  const double nats = epochs.back().test_loss;
+  world.events().emit(
+      {{"event", "message"},
+       {"text", fmt::format("held-out text: {:.4f} nats per byte, perplexity {:.3f}", nats,
+                            std::exp(nats))}});
+  world.events().emit({{"event", "solution"},
+                       {"values", {{"nats_per_byte", nats}, {"perplexity", std::exp(nats)}}}});
+}
+
 }  // namespace
 
 void run_training(const World& world, const Job& job) {
   const RecipeData data = load_recipe_data(job);
+  if (job.model.name == "gpt") return train_text(world, job, data);
   const Dataset& rows = data.sets.train;
   const Objective objective = make_objective(job.loss, rows.class_count);
   const Model model = make_model(job.model, rows.sample_shape, objective.outputs, job.train.seed);
@@ -159,12 +228,12 @@ void run_training(const World& world, const Job& job) {
   if (job.optimizer.name == "closed_form") {
     fit_closed_form(world, job, rows, task, train, test, extra);
   } else {
-    const auto batch = static_cast<std::uint64_t>(job.train.global_batch_size);
-    const auto steps_per_epoch = static_cast<std::int64_t>((rows.rows + batch - 1) / batch);
-    Trainer(world, trainer_options(job, extra))
-        .fit(task, optimizer_options(job.optimizer), schedule_for(job, steps_per_epoch), train,
-             test);
+    fit(world, job, data, trainer_options(job, extra), task, train, test);
   }
+  const bool unbalanced = job.dataset.keep_fraction < 1 || job.dataset.partition == "stratified" ||
+                          job.dataset.partition == "weighted";
+  if (unbalanced && task.correct && test != nullptr)
+    report_recall(world, task, *test, data.sets.test);
   if (!data.known_weights.empty() && job.model.widths.empty())
     report_distance(world, data, solution_of(*model.module, data.normalization));
 }

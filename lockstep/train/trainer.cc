@@ -93,7 +93,8 @@ Run::Run(const World& world, const TrainerOptions& options, const Task& task,
                .global_batch_size = static_cast<std::uint64_t>(options.global_batch_size),
                .virtual_ranks = options.virtual_ranks,
                .seed = options.seed,
-               .shuffle = options.shuffle}),
+               .shuffle = options.shuffle,
+               .partition = options.partition}),
       executor_(task, weights_, train, ledger_, options, timer_),
       snapshots_(world, snapshot_tensors(weights_, options)) {}
 

@@ -12,6 +12,7 @@
 #include "lockstep/bridge/autocast.h"
 #include "lockstep/bridge/flat_parameters.h"
 #include "lockstep/cluster/world.h"
+#include "lockstep/data/partition.h"
 #include "lockstep/train/task.h"
 #include "lockstep/update/optimizer.h"
 
@@ -24,6 +25,7 @@ struct TrainerOptions {
   int virtual_ranks = 1;
   std::uint64_t seed = 1;
   bool shuffle = true;
+  Partition partition = {};     // which samples go together; of the training set's samples
   double clip_grad_norm = 0.0;  // 0: off
   Precision precision = Precision::fp32;  // of forward passes; weights and updates are fp32
   // Stop when the loss (or the gradient norm) of an epoch differs less than this from the epoch's
