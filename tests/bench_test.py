@@ -1,4 +1,4 @@
-"""lockstep bench collective: what it prints and writes, and what it refuses."""
+"""lockstep bench: what it prints and writes, and what it refuses."""
 
 import json
 
@@ -47,6 +47,38 @@ def test_every_operation_with_several_dtypes_and_more_ranks_than_cores(folder):
                       "--dtype", dtype, "--reduction", reduction, "--iterations", "2",
                       "--warmup", "1")
         equal([line["operation"] for line in lines if line["operation"] != "memcpy"], names, dtype)
+
+
+def test_training(folder):
+    lockstep("bench", "training", "--work", "W1,W2", "--mode", "data_parallel,independent",
+             "--workers", "2", "--seconds", "0.1", "--json", f"{folder}/lines.json")
+    with open(f"{folder}/lines.json") as file:
+        lines = [json.loads(line) for line in file]
+    equal([(line["work"], line["mode"]) for line in lines],
+          [(work, mode) for work in ("W1", "W2") for mode in ("data_parallel", "independent")])
+    for line in lines:
+        rate = line["steps"] * 2 * line["batch_size"] / line["seconds"]
+        assert rate * 0.9 <= line["samples_per_s"], line
+        equal((line["workers"], line["precision"]), (2, "fp32"))
+        assert line["peak_memory_bytes"] > 1e7 and line["page_faults_per_step"] >= 0, line
+
+
+def test_training_in_bf16_alone(folder):
+    lockstep("bench", "training", "--precision", "bf16", "--workers", "1", "--seconds", "0.1",
+             "--json", f"{folder}/line.json")
+    with open(f"{folder}/line.json") as file:
+        equal(json.load(file)["precision"], "bf16")
+
+
+def test_refusals_of_training(_):
+    def refused(*arguments, says):
+        contains(lockstep("bench", "training", *arguments, code=2).err, *says)
+
+    refused("--work", "W9", says=("W9", "W1"))
+    refused("--mode", "magic", says=("magic", "data_parallel"))
+    refused("--precision", "fp16", says=("fp16", "bf16"))
+    refused("--seconds", "0", says=("--seconds",))
+    refused("--workers", "0", says=("--workers",))
 
 
 def test_refusals(folder):

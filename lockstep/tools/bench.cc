@@ -21,6 +21,7 @@
 #include "lockstep/tools/collective_bench.h"
 #include "lockstep/tools/commands.h"
 #include "lockstep/tools/output_folder.h"
+#include "lockstep/tools/training_bench.h"
 
 namespace lockstep {
 namespace {
@@ -323,12 +324,15 @@ int bench_collective(const std::vector<std::string>& arguments) {
 
 int bench_command(const std::vector<std::string>& arguments, const Start&) {
   if (arguments.empty() || arguments[0] == "--help" || arguments[0] == "-h") {
-    print("lockstep bench collective: times collectives between processes of this machine\n");
+    print(
+        "lockstep bench collective: times collectives between processes of this machine\n"
+        "lockstep bench training: times training steps of one of five works\n");
     return 0;
   }
+  if (arguments[0] == "training") return bench_training({arguments.begin() + 1, arguments.end()});
   if (arguments[0] != "collective")
     throw ConfigError(fmt::format("nothing to measure called {}", arguments[0]),
-                      "lockstep bench collective");
+                      "lockstep bench collective, or lockstep bench training");
   return bench_collective({arguments.begin() + 1, arguments.end()});
 }
 

@@ -1,6 +1,6 @@
-// lockstep-worker: what the agent starts for `lockstep train` and `lockstep predict`. Links
-// everything. Its input is the environment: the launcher's variables and LOCKSTEP_JOB, the resolved
-// job. What it has to say goes to the agent as events.
+// lockstep-worker: what the agent starts for `lockstep train`, `predict` and `bench training`.
+// Links everything. Its input is the environment: the launcher's variables and LOCKSTEP_JOB, the
+// resolved job. What it has to say goes to the agent as events.
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <unistd.h>
@@ -17,6 +17,7 @@
 #include "lockstep/job/job.h"
 #include "lockstep/observe/event.h"
 #include "lockstep/recipes/recipe.h"
+#include "lockstep/recipes/training_bench.h"
 
 namespace lockstep {
 namespace {
@@ -29,12 +30,22 @@ std::string required(const Environment& environment, const char* name) {
   return found->second;
 }
 
+TrainingBench bench_of(const std::string& text) {
+  const nlohmann::json asked = nlohmann::json::parse(text);
+  return {.work = asked.at("work"),
+          .mode = asked.at("mode"),
+          .seconds = asked.at("seconds"),
+          .precision = asked.at("precision") == "bf16" ? Precision::bf16 : Precision::fp32};
+}
+
 void work(const World& world, const Job& job, const std::string& command,
           const Environment& environment) {
   at::set_num_threads(static_cast<int>(job.workers.threads));
   at::set_num_interop_threads(1);
   if (command == "train")
     run_training(world, job);
+  else if (command == "bench")
+    run_training_bench(world, bench_of(required(environment, "LOCKSTEP_BENCH")));
   else
     run_prediction(world, job, required(environment, "LOCKSTEP_WEIGHTS"),
                    required(environment, "LOCKSTEP_PREDICT_DATA"));
@@ -69,8 +80,8 @@ int run(const std::string& command) {
 
 int main(int argc, char** argv) {
   const std::string command = argc == 2 ? argv[1] : "";
-  if (command != "train" && command != "predict") {
-    std::cerr << "lockstep-worker is started by lockstep train and lockstep predict\n";
+  if (command != "train" && command != "predict" && command != "bench") {
+    std::cerr << "lockstep-worker is started by lockstep train, predict and bench\n";
     return lockstep::kExitBadInput;
   }
   int status = lockstep::kExitFailedRun;
