@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lockstep/core.h"
+#include "lockstep/parallel/clip_grad_norm.h"
 #include "lockstep/parallel/data_loader.h"
 #include "lockstep/parallel/data_parallel.h"
 #include "lockstep/parallel/distributed_sampler.h"

@@ -38,7 +38,16 @@ void GradientPlace::release() {
   view_ = make_view();
 }
 
-void GradientPlace::collect() {
+// Whether nobody but autograd refers to a gradient, for certain. While its hook runs, autograd
+// itself still has the buffer that it handed over; one that was there before has since been added
+// to.
+bool GradientPlace::is_fresh(const at::Tensor& gradient, bool in_hook) {
+  const std::size_t uses = gradient.storage().use_count();
+  return gradient.use_count() == 1 &&
+         (uses == 1 || (in_hook && uses == 2 && gradient._version() == 0));
+}
+
+void GradientPlace::collect(bool in_hook) {
   const at::NoGradGuard no_grad;
   at::Tensor& gradient = parameter_.mutable_grad();
   kept_.reset();
@@ -47,10 +56,10 @@ void GradientPlace::collect() {
   release();
   const bool strided = gradient.layout() == at::kStrided;
   view_.copy_(strided ? gradient : gradient.to_dense());
-  if (strided && (gradient.use_count() > 1 || gradient.storage().use_count() > 1))
-    kept_ = gradient;
+  if (!strided || is_fresh(gradient, in_hook))
+    gradient = view_.detach();  // its buffer is free for the gradients to come
   else
-    gradient = view_.detach();
+    kept_ = gradient;
 }
 
 void GradientPlace::clear() {
@@ -62,7 +71,10 @@ void GradientPlace::clear() {
 void GradientPlace::hand_out() {
   const at::NoGradGuard no_grad;
   at::Tensor& gradient = parameter_.mutable_grad();
-  if (const at::Tensor kept = std::exchange(kept_, {}); kept.defined() && gradient.is_same(kept))
+  const at::Tensor kept = std::exchange(kept_, {});
+  // Two are .grad and `kept`; autograd has let go by now.
+  if (kept.defined() && gradient.is_same(kept) &&
+      (kept.use_count() > 2 || kept.storage().use_count() > 1))
     gradient.copy_(view_);
   else if (!gradient.defined() || !shown_by(gradient))
     gradient = view_.detach();

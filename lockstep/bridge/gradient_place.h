@@ -26,12 +26,15 @@ class GradientPlace {
   const at::Tensor& view() const { return view_; }
 
   // .grad, or zeros where it is undefined, into the memory. Costs nothing where it lies there.
-  void collect();
-  void clear();     // zeros into the memory, whatever .grad is
-  void hand_out();  // .grad shows what the memory holds now
+  // in_hook: called by the parameter's post-accumulate hook, while backward runs.
+  void collect(bool in_hook = false);
+  void clear();  // zeros into the memory, whatever .grad is
+  // .grad shows what the memory holds now. Not while backward runs.
+  void hand_out();
 
  private:
   bool shown_by(const at::Tensor& gradient) const;
+  static bool is_fresh(const at::Tensor& gradient, bool in_hook);
   void release();
   at::Tensor make_view() const;
 
@@ -41,7 +44,7 @@ class GradientPlace {
   at::ScalarType type_;
   std::shared_ptr<void> keep_;
   at::Tensor view_;
-  at::Tensor kept_;  // .grad, where others refer to it
+  at::Tensor kept_;  // .grad, where others may refer to it
 };
 
 }  // namespace lockstep

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include "lockstep/bridge/backward_hooks.h"
 #include "lockstep/bridge/dtypes.h"
 
 namespace lockstep {
@@ -85,6 +86,36 @@ TEST(GradientPlace, AGradientOfTheUsersStaysTheSameTensor) {
   f.place->hand_out();
   EXPECT_TRUE(at::equal(flat, at::full({6}, 2.0)));
   EXPECT_EQ(f.parameter.grad().data_ptr(), flat.data_ptr());
+}
+
+TEST(GradientPlace, TakesOverBuffersWhileBackwardRuns) {
+  Fixture f;
+  const BackwardHooks hooks(std::vector<NamedTensor>{{"weight", f.parameter}},
+                            {.gradient =
+                                 [&](std::size_t) {
+                                   f.place->collect(/*in_hook=*/true);
+                                   EXPECT_TRUE(f.shows());
+                                 },
+                             .end = [&] { f.place->hand_out(); }});
+  (f.parameter * f.parameter.detach()).square().sum().backward();
+  EXPECT_TRUE(f.shows());
+  EXPECT_TRUE(at::equal(f.held(), all(2)));
+}
+
+TEST(GradientPlace, DecidesInTheEndWhereOthersMayRefer) {
+  Fixture f;
+  const at::Tensor users = at::zeros({6});
+  const BackwardHooks hooks(std::vector<NamedTensor>{{"weight", f.parameter}},
+                            {.gradient = [&](std::size_t) { f.place->collect(/*in_hook=*/true); },
+                             .end = [&] { f.place->hand_out(); }});
+  f.parameter.mutable_grad() = users.view({2, 3});
+  f.backward(4);
+  EXPECT_TRUE(at::equal(users, at::full({6}, 4.0)));
+  EXPECT_EQ(f.parameter.grad().data_ptr(), users.data_ptr());
+  f.parameter.mutable_grad() = all(1);  // nobody else's
+  f.backward(4);
+  EXPECT_TRUE(f.shows());
+  EXPECT_TRUE(at::equal(f.held(), all(5)));
 }
 
 TEST(GradientPlace, TakesOtherLayouts) {

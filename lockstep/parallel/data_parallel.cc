@@ -115,7 +115,7 @@ struct Replica::State {
     if (!trained[parameter])
       note(GradientProblem::frozen, parameter);
     else if (no_sync == 0)
-      collect(parameter);
+      collect(parameter, /*in_hook=*/true);
   }
 
   void end() {
@@ -124,7 +124,7 @@ struct Replica::State {
       if (!trained[i] || arrived[i]) continue;
       const bool keep = !mine.used[i] && parameters[i].tensor.grad().defined();
       if (keep) prior[i] = parameters[i].tensor.grad().detach().clone();
-      collect(i);
+      collect(i, /*in_hook=*/false);
     }
     finish();
   }
@@ -134,13 +134,13 @@ struct Replica::State {
     mine.parameter = static_cast<std::uint32_t>(parameter);
   }
 
-  void collect(std::size_t parameter) {
+  void collect(std::size_t parameter, bool in_hook) {
     if (const at::Tensor& gradient = parameters[parameter].tensor.grad();
         gradient.defined() && gradient.requires_grad()) {
       note(GradientProblem::has_graph, parameter);
       place(parameter).clear();
     } else {
-      place(parameter).collect();
+      place(parameter).collect(in_hook);
     }
     arrive(parameter);
   }

@@ -56,6 +56,25 @@ TEST(Buckets, AreReducedWhileBackwardRuns) {
   });
 }
 
+TEST(Buckets, HoldTheGradientsFromTheMomentTheyCome) {
+  run_ranks(2, [](const World& world) {
+    Net net(1);
+    auto model = data_parallel(net, world);
+    const auto in_arena = [&](const at::Tensor& parameter) {
+      return parameter.grad().defined() &&
+             world.segment()->arena_owner(parameter.grad().data_ptr()) == world.rank();
+    };
+    bool early = false;
+    net->first->weight.register_hook([&](const at::Tensor&) {
+      early = in_arena(net->second->weight) && in_arena(net->second->bias);
+      return at::Tensor();
+    });
+    loss_of(model->forward(inputs(world.rank(), 0)), 0).backward();
+    EXPECT_TRUE(early);
+    for (const at::Tensor& parameter : net->parameters()) EXPECT_TRUE(in_arena(parameter));
+  });
+}
+
 struct PairImpl : torch::nn::Module {
   explicit PairImpl(int) {
     left = register_parameter("left", numbers({40}, 1));
