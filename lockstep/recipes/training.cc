@@ -13,6 +13,7 @@
 #include "lockstep/recipes/linear_regression.h"
 #include "lockstep/recipes/loss.h"
 #include "lockstep/recipes/model.h"
+#include "lockstep/recipes/optimizer.h"
 #include "lockstep/recipes/recipe.h"
 #include "lockstep/recipes/saved_model.h"
 #include "lockstep/recipes/text.h"
@@ -22,20 +23,6 @@
 
 namespace lockstep {
 namespace {
-
-OptimizerOptions optimizer_options(const OptimizerSettings& settings) {
-  OptimizerOptions options{.betas = {settings.beta1, settings.beta2},
-                           .eps = settings.eps,
-                           .weight_decay = settings.weight_decay};
-  if (settings.name == "adamw") {
-    options.kind = OptimizerKind::adamw;
-  } else if (settings.name != "adam") {
-    options.kind = OptimizerKind::sgd;
-    options.momentum = settings.name == "sgd" ? 0.0 : settings.momentum;
-    options.nesterov = settings.name == "nesterov";
-  }
-  return options;
-}
 
 Schedule schedule_for(const Job& job, std::int64_t steps_per_epoch) {
   Schedule schedule{.lr = job.optimizer.lr,
@@ -114,8 +101,8 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
   }();
   tensors.insert(tensors.end(), extra_tensors.begin(), extra_tensors.end());
   Snapshots snapshots(world, tensors);
-  world.events().emit(ready_event(world, train.size(), test == nullptr ? 0 : test->size(),
-                                  count, 1, 1));
+  world.events().emit(
+      ready_event(world, train.size(), test == nullptr ? 0 : test->size(), count, 1, 1));
   const LinearSolution solution = solve_normal_equations(world, train_rows, options.virtual_ranks);
   for (const NamedTensor& named : named_parameters(*task.module)) {
     float* out = named.tensor.mutable_data_ptr<float>();

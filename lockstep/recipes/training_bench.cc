@@ -16,6 +16,8 @@
 #include "lockstep/base/error.h"
 #include "lockstep/observe/event.h"
 #include "lockstep/parallel/data_parallel.h"
+#include "lockstep/parallel/shared_weights.h"
+#include "lockstep/recipes/optimizer.h"
 
 namespace lockstep {
 namespace {
@@ -39,11 +41,8 @@ std::unique_ptr<torch::optim::Optimizer> make_optimizer(const OptimizerSettings&
       std::move(parameters), torch::optim::SGDOptions(settings.lr).momentum(settings.momentum));
 }
 
-// Both with torch::optim; they differ in nothing but the reduction.
-Step torch_step(const World& world, const Work& work, const Model& model, Precision precision,
-                bool parallel) {
-  std::shared_ptr<Replica> replica;
-  if (parallel) replica = std::make_shared<Replica>(*model.module, world, DataParallelOptions{});
+Step torch_step(const World& world, const Work& work, const Model& model, Precision precision) {
+  const auto replica = std::make_shared<Replica>(*model.module, world, DataParallelOptions{});
   std::shared_ptr optimizer = make_optimizer(work.optimizer, model.module->parameters());
   return [=](const Batch& batch) {
     optimizer->zero_grad();
@@ -58,12 +57,33 @@ Step torch_step(const World& world, const Work& work, const Model& model, Precis
   };
 }
 
+// One copy of the weights on the node, or one for each worker that trains alone.
+Step shared_step(const World& world, const Work& work, const Model& model, Precision precision) {
+  const auto weights =
+      std::make_shared<SharedWeights>(*model.module, world, optimizer_options(work.optimizer));
+  return [=](const Batch& batch) {
+    weights->compute([&](int) {
+      at::Tensor loss;
+      {
+        const Autocast autocast(precision);
+        loss = mean_loss(model.forward(batch.input), batch.target);
+      }
+      loss.backward();
+      return VirtualLoss{loss.item<double>(), 1.0};
+    });
+    weights->decide();
+    weights->update();
+  };
+}
+
 Step make_step(const World& world, const Work& work, const Model& model,
                const TrainingBench& bench) {
-  if (bench.mode != "data_parallel" && bench.mode != "independent")
-    throw ConfigError(fmt::format("there is no mode {}", bench.mode),
-                      "data_parallel or independent");
-  return torch_step(world, work, model, bench.precision, bench.mode == "data_parallel");
+  if (bench.mode == "shared_weights") return shared_step(world, work, model, bench.precision);
+  if (bench.mode == "independent")
+    return shared_step(init_from({}, {}), work, model, bench.precision);
+  if (bench.mode == "data_parallel") return torch_step(world, work, model, bench.precision);
+  throw ConfigError(fmt::format("there is no mode {}", bench.mode),
+                    "shared_weights, data_parallel or independent");
 }
 
 // The most of all ranks' values.

@@ -1,7 +1,8 @@
 // `lockstep bench training` on one rank: steps of a work in one mode, for some seconds. One thread.
 //
-//   data_parallel  data_parallel and torch::optim, as a program of one's own
-//   independent    each worker trains alone and never communicates: what nobody can beat
+//   shared_weights  one copy of the weights, as the Trainer
+//   data_parallel   data_parallel and torch::optim, as a program of one's own
+//   independent     each worker has shared weights of its own and never communicates
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ namespace lockstep {
 
 struct TrainingBench {
   std::string work = "W1";
-  std::string mode = "data_parallel";
+  std::string mode = "shared_weights";
   double seconds = 10;  // measured, after as much as it takes to warm up
   Precision precision = Precision::fp32;
 };

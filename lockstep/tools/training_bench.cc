@@ -19,7 +19,7 @@ namespace lockstep {
 namespace {
 
 struct Flags {
-  std::vector<std::string> works = {"W1"}, modes = {"data_parallel"};
+  std::vector<std::string> works = {"W1"}, modes = {"shared_weights"};
   int workers = 2, threads = 1;
   double seconds = 10;
   std::string precision = "fp32", json;
@@ -29,7 +29,8 @@ void add_flags(CLI::App& app, Flags& flags) {
   app.add_option("--work", flags.works, "W1, W2, W3, W4, W5; several with commas")
       ->delimiter(',')
       ->capture_default_str();
-  app.add_option("--mode", flags.modes, "data_parallel, independent; several with commas")
+  app.add_option("--mode", flags.modes,
+                 "shared_weights, data_parallel, independent; several with commas")
       ->delimiter(',')
       ->capture_default_str();
   app.add_option("--workers", flags.workers, "processes")->capture_default_str();
