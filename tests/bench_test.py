@@ -50,12 +50,14 @@ def test_every_operation_with_several_dtypes_and_more_ranks_than_cores(folder):
 
 
 def test_training(folder):
-    lockstep("bench", "training", "--work", "W1,W2", "--mode", "data_parallel,independent",
-             "--workers", "2", "--seconds", "0.1", "--json", f"{folder}/lines.json")
+    lockstep("bench", "training", "--work", "W1,W2", "--mode",
+             "shared_weights,data_parallel,independent", "--workers", "2", "--seconds",
+             "0.1", "--json", f"{folder}/lines.json")
     with open(f"{folder}/lines.json") as file:
         lines = [json.loads(line) for line in file]
     equal([(line["work"], line["mode"]) for line in lines],
-          [(work, mode) for work in ("W1", "W2") for mode in ("data_parallel", "independent")])
+          [(work, mode) for work in ("W1", "W2") for mode in ("shared_weights", "data_parallel",
+                                                               "independent")])
     for line in lines:
         rate = line["steps"] * 2 * line["batch_size"] / line["seconds"]
         assert rate * 0.9 <= line["samples_per_s"], line

@@ -3,7 +3,8 @@
 namespace lockstep {
 
 OptimizerOptions optimizer_options(const OptimizerSettings& settings) {
-  OptimizerOptions options{.betas = {settings.beta1, settings.beta2},
+  OptimizerOptions options{.lr = settings.lr,
+                           .betas = {settings.beta1, settings.beta2},
                            .eps = settings.eps,
                            .weight_decay = settings.weight_decay};
   if (settings.name == "adamw") {
