@@ -54,13 +54,18 @@ def run_lockstep(work, mode, options):
 
 def run_ddp(work, arguments, options):
     # The peer's row is of fp32 where ours is of bf16: a target names what a user has today.
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node", "2", f"{HERE}/training/ddp.py", "--work", work,
-                           "--seconds", str(options.seconds), "--precision",
-                           options.peer_precision, *arguments],
-                          check=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True, timeout=TIMEOUT_S)
-    return json.loads([line for line in done.stdout.split("\n") if line.startswith("{")][-1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               f"{HERE}/training/ddp.py", "--work", work, "--seconds", str(options.seconds),
+               "--precision", options.peer_precision, *arguments]
+    for attempt in (1, 2):  # torchrun's rendezvous fails now and then
+        done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S)
+        lines = [line for line in done.stdout.split("\n") if line.startswith("{")]
+        if done.returncode == 0 and lines:
+            return json.loads(lines[-1])
+        print(f"{' '.join(command)}: exit code {done.returncode}, attempt {attempt}:\n"
+              + "\n".join(done.stderr.strip().split("\n")[-5:]), file=sys.stderr)
+    sys.exit(1)
 
 
 def measure(works, contenders, options):
