@@ -54,8 +54,8 @@ def run_lockstep(work, mode, options):
 
 def run_ddp(work, arguments, options):
     # The peer's row is of fp32 where ours is of bf16: a target names what a user has today.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               f"{HERE}/training/ddp.py", "--work", work, "--seconds", str(options.seconds),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", f"{HERE}/training/ddp.py", "--work", work, "--seconds", str(options.seconds),
                "--precision", options.peer_precision, *arguments]
     for attempt in (1, 2):  # torchrun's rendezvous fails now and then
         done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE,
