@@ -126,6 +126,10 @@ std::uint64_t count_elements(std::span<const std::byte> data, Dtype dtype, Opera
   if (data.size() % size_of(dtype) != 0)
     throw ConfigError(fmt::format("{}: {} bytes are no whole number of {} elements",
                                   name_of(operation), data.size(), name_of(dtype)));
+  if (reinterpret_cast<std::uintptr_t>(data.data()) % size_of(dtype) != 0)
+    throw ConfigError(fmt::format("{}: the memory is not aligned to its {} elements",
+                                  name_of(operation), name_of(dtype)),
+                      "copy it to memory that is");
   return data.size() / size_of(dtype);
 }
 

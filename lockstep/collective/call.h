@@ -72,7 +72,6 @@ struct Call {
   std::uint64_t layout = 0;    // a digest of tree_all_reduce's runs or of the counts
   std::uint64_t sequence = 0;  // 0: join
   std::uint64_t generation = 0;
-  std::int64_t started_at_ns = 0;  // monotonic clock
   // Where the rank's memory lies in the segment: input or slots, and result. kNowhere: outside it.
   std::uint64_t place = kNowhere;
   std::uint64_t result_place = kNowhere;

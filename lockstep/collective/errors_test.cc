@@ -13,6 +13,7 @@
 #include "lockstep/collective/ranks.h"
 #include "lockstep/memory/available_memory.h"
 #include "lockstep/memory/control_block.h"
+#include "lockstep/memory/flight_recorder.h"
 
 namespace lockstep {
 namespace {
@@ -150,7 +151,8 @@ Clock::duration time_of_an_abort() {
     auto group = make_shm_group(segment, rank, {.timeout = kTestTimeout});
     if (rank == 2) {
       const Deadline deadline = Deadline::after(kTestTimeout);
-      while (segment->control(1).waiters.load() + segment->control(2).waiters.load() < 2 &&
+      const auto in_barrier = [&](int other) { return segment->recorder(other).opened.load() > 1; };
+      while (!(in_barrier(0) && in_barrier(1) && segment->control(2).waiting.load() != 0) &&
              !deadline.expired())
         std::this_thread::yield();
       aborted = Clock::now();

@@ -19,6 +19,7 @@ namespace {
 
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
 
 constexpr Clock::duration kSpin = microseconds(50);   // several times what a wake-up costs
 constexpr Clock::duration kSlice = milliseconds(50);  // how late a death may be noticed
@@ -52,6 +53,7 @@ std::uint64_t ticks() {
 #endif
 }
 constexpr std::uint64_t kFewTicks = 1 << 18;  // beyond, the rate is not exact enough
+constexpr Clock::duration kCalibration = milliseconds(10);
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -87,9 +89,11 @@ Rendezvous::Rendezvous(Members members, int rank, const GroupOptions& options)
       size_(static_cast<int>(members_.blocks.size())),
       generation_(options.generation),
       timeout_(options.timeout),
-      may_spin_(size_ <= number_of(usable_cores())),
+      may_spin_(members_.segment->ranks() <= number_of(usable_cores())),
       phase_(options.generation << kGenerationShift),
       messages_(size_),
+      made_(Clock::now()),
+      made_ticks_(ticks()),
       calls_(size_),
       recorder_(members_.segment->recorder(members_.node_ranks.at(rank)), members_.name),
       on_records_(options.on_records) {
@@ -119,16 +123,15 @@ Rendezvous::~Rendezvous() {
 }
 
 void Rendezvous::agree_on_waiting() {
+  Segment& segment = *members_.segment;
   Cores all{};
   sleepers_fence_ = true;
-  for (const ControlBlock* const theirs : members_.blocks) {
-    for (std::size_t i = 0; i < all.size(); ++i) all[i] |= theirs->cores[i].load();
-    sleepers_fence_ &= theirs->expedites.load() != 0;
+  for (int rank = 0; rank < segment.ranks(); ++rank) {
+    const ControlBlock& theirs = segment.control(rank);
+    for (std::size_t i = 0; i < all.size(); ++i) all[i] |= theirs.cores[i].load();
+    sleepers_fence_ &= theirs.expedites.load() != 0;
   }
-  may_spin_ = size_ <= number_of(all);
-  if (const std::uint64_t passed = ticks() - began_ticks_; passed != 0)
-    ns_per_tick_ =
-        static_cast<double>((Clock::now() - began_).count()) / static_cast<double>(passed);
+  may_spin_ = segment.ranks() <= number_of(all);
   sleepers_fence_ &= may_spin_;  // else nearly everybody sleeps, and a fence is cheaper
 }
 
@@ -153,15 +156,17 @@ void Rendezvous::record_begin(const CallWords& call, const CallOptions& options)
 }
 
 void Rendezvous::announce() {
-  auto& waiters = door(rank_).waiters;
-  std::uint32_t sleeping = 0;
+  ControlBlock& mine = door(rank_);
+  std::uint32_t waiting = 0;
   if (sleepers_fence_) {
     std::atomic_signal_fence(std::memory_order_seq_cst);
-    sleeping = waiters.load(std::memory_order_relaxed);
+    waiting = mine.waiting.load(std::memory_order_relaxed);
   } else {
-    sleeping = waiters.fetch_add(0, std::memory_order_seq_cst);  // a fence and a load
+    waiting = mine.waiting.fetch_add(0, std::memory_order_seq_cst);  // a fence and a load
   }
-  if (sleeping != 0) ring(door(rank_).bell);
+  if (waiting == 0) return;
+  mine.waiting.store(0, std::memory_order_seq_cst);  // who still waits says so again
+  ring(mine.bell);
 }
 
 const std::vector<CallWords>& Rendezvous::begin(const Call& call, const CallOptions& options,
@@ -175,14 +180,14 @@ const std::vector<CallWords>& Rendezvous::begin(const Call& call, const CallOpti
   if (!payload.empty()) std::memcpy(&mine[kPayloadWord], payload.data(), payload.size());
   in_call_ = true;
   expected_ = mine[0];
-  publish(block(rank_).calls[call_.sequence % 2], mine);
+  publish(const_cast<CallLine&>(line_of(block(rank_))), mine);
   announce();
   record_begin(mine, options);
   await_all();
   bool same = true;
   for (int other = 0; other < size_; ++other) {
     if (other == rank_) continue;
-    const CallLine& line = block(other).calls[call_.sequence % 2];
+    const CallLine& line = line_of(block(other));
     for (std::size_t i = 0; i < mine.size(); ++i)
       calls_[other][i] = line.words[i].load(std::memory_order_relaxed);
     same &= same_fingerprint(calls_[other], mine);
@@ -197,6 +202,8 @@ void Rendezvous::meet() {
   block(rank_).phase.store(phase_, std::memory_order_release);
   announce();
   await_all();
+  // Who gave up meanwhile may have freed what we have just read: its result does not count.
+  check_ended();
 }
 
 void Rendezvous::await_all() {
@@ -211,12 +218,21 @@ void Rendezvous::await_all() {
   }
 }
 
-void Rendezvous::end(std::uint64_t bytes) {
+Clock::time_point Rendezvous::ended() {
   const std::uint64_t passed = ticks() - began_ticks_;
-  const Clock::time_point now = passed < kFewTicks && ns_per_tick_ > 0
-                                    ? began_ + std::chrono::nanoseconds(static_cast<std::int64_t>(
-                                                   static_cast<double>(passed) * ns_per_tick_))
-                                    : Clock::now();
+  if (passed < kFewTicks && ns_per_tick_ > 0)
+    return began_ +
+           nanoseconds(static_cast<std::int64_t>(static_cast<double>(passed) * ns_per_tick_));
+  const Clock::time_point now = Clock::now();
+  const std::uint64_t since_made = ticks() - made_ticks_;
+  if (now - made_ > kCalibration && since_made != 0)
+    ns_per_tick_ =
+        static_cast<double>(nanoseconds(now - made_).count()) / static_cast<double>(since_made);
+  return now;
+}
+
+void Rendezvous::end(std::uint64_t bytes) {
+  const Clock::time_point now = ended();
   ++statistics_.operations;
   statistics_.bytes += bytes;
   statistics_.total += now - began_;
@@ -231,41 +247,46 @@ void Rendezvous::record_end(Clock::time_point now, OperationState state) {
 
 void Rendezvous::await_slowly(int peer, bool alone, const std::function<bool()>& done) {
   const auto start = Clock::now();
-  bool is_done = false;
-  while (may_spin_ && !is_done && Clock::now() - start < kSpin)
-    for (int look = 0; look < 32 && !is_done; ++look) {
-      pause_briefly();
-      is_done = done();
-    }
-  if (!is_done) {
-    ControlBlock& other = door(peer);
-    other.waiters.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers_fence_) membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
-    try {
-      auto looked_at_process = start;
-      for (;;) {
-        const std::uint32_t bell = other.bell.load(std::memory_order_seq_cst);
-        if (done()) break;
-        const auto now = Clock::now();
-        const bool look = now - looked_at_process >= kSlice / 2;
-        if (look) looked_at_process = now;
-        check_ended();
-        if (alone)
-          check_gone(peer, look, done);
-        else
-          check_late(now, look);
-        if (deadline_.expired(now))
-          fail(fmt::format("gave up after {:.2f} s waiting for rank {}, {}", seconds(now - began_),
-                           peer, last_seen(peer)));
-        sleep_on(other.bell, bell, std::min(kSlice, deadline_.remaining(now)));
-      }
-    } catch (...) {
-      other.waiters.fetch_sub(1);
-      throw;
-    }
-    other.waiters.fetch_sub(1);
+  const auto count = [&] { statistics_.waiting += Clock::now() - start; };
+  try {
+    if (!spin(done)) sleep_until(peer, alone, done);
+  } catch (...) {
+    count();
+    throw;
   }
-  statistics_.waiting += Clock::now() - start;
+  count();
+}
+
+bool Rendezvous::spin(const std::function<bool()>& done) const {
+  if (!may_spin_) return false;
+  const auto end = Clock::now() + kSpin;
+  do {
+    for (int look = 0; look < 32; ++look) {
+      if (done()) return true;
+      pause_briefly();
+    }
+  } while (Clock::now() < end);
+  return false;
+}
+
+void Rendezvous::sleep_until(int peer, bool alone, const std::function<bool()>& done) {
+  ControlBlock& other = door(peer);
+  auto looked_at_process = Clock::now();
+  for (;;) {
+    const std::uint32_t bell = other.bell.load(std::memory_order_seq_cst);
+    other.waiting.store(1, std::memory_order_seq_cst);
+    if (sleepers_fence_) membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
+    if (done()) return;
+    const auto now = Clock::now();
+    const bool look = now - looked_at_process >= kSlice / 2;
+    if (look) looked_at_process = now;
+    check_ended();
+    if (alone)
+      check_peer(peer, now, look, done);
+    else
+      check_late(now, look);
+    sleep_on(other.bell, bell, std::min(kSlice, deadline_.remaining(now)));
+  }
 }
 
 }  // namespace lockstep

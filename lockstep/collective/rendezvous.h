@@ -57,7 +57,8 @@ class Rendezvous {
   // Of the next begin(). Memory that operation n's readers are done with when all have begun n + 1
   // may come from two places in turn.
   std::uint64_t next_sequence() const { return next_sequence_; }
-  // Once all have joined: how all of them wait and ring from now on.
+  // Once all have joined: how all of them wait and ring from now on. Ranks of other groups need
+  // cores, too.
   void agree_on_waiting();
   // Meets again within the operation: what each rank wrote before is visible to all after.
   void meet();
@@ -97,14 +98,19 @@ class Rendezvous {
   // At the meeting that is under way.
   std::uint64_t seen(int rank) const {
     const ControlBlock& theirs = block(rank);
-    const auto& word = in_call_ ? theirs.calls[call_.sequence % 2].words[0] : theirs.phase;
+    const auto& word = in_call_ ? line_of(theirs).words[0] : theirs.phase;
     return word.load(std::memory_order_acquire);
+  }
+  // Where the call that is open is announced.
+  const CallLine& line_of(const ControlBlock& block) const {
+    return call_.sequence == 0 ? block.joins[generation_ % 2] : block.calls[call_.sequence % 2];
   }
   bool arrived(int rank) const { return seen(rank) >= expected_; }
   void open(const Call& call, std::uint64_t sequence, const CallOptions& options);
   // After the announcement, while the others' are on their way.
   void record_begin(const CallWords& call, const CallOptions& options);
   void record_end(Clock::time_point now, OperationState state);
+  Clock::time_point ended();  // now, as cheaply as it can be told
   // Makes those look again who wait for this rank.
   void announce();
   void await_all();
@@ -116,7 +122,12 @@ class Rendezvous {
     await_slowly(peer, alone, std::cref(done));
   }
   void await_slowly(int peer, bool alone, const std::function<bool()>& done);
-  // Throws CommError if the rank has left or died before it arrived.
+  bool spin(const std::function<bool()>& done) const;
+  void sleep_until(int peer, bool alone, const std::function<bool()>& done);
+  // Throws CommError if `peer`, whose message we wait for, or a rank of any meeting, has left or
+  // died before it arrived; or if it waits for us in a collective.
+  void check_peer(int peer, Clock::time_point now, bool look_at_process,
+                  const std::function<bool()>& has_arrived);
   void check_gone(int rank, bool look_at_process, const std::function<bool()>& has_arrived);
   // Throws CommError if the job was aborted or another rank ended the group.
   void check_ended();
@@ -149,7 +160,9 @@ class Rendezvous {
   Call call_;  // the operation that is open or was last
   Clock::time_point began_{};
   std::uint64_t began_ticks_ = 0;
-  double ns_per_tick_ = 0;
+  const Clock::time_point made_;  // when this was made, by both clocks
+  const std::uint64_t made_ticks_;
+  double ns_per_tick_ = 0;  // 0: not known yet
   Deadline deadline_ = Deadline::never();
   std::vector<CallWords> calls_;
   std::string over_;  // the message that ended the group

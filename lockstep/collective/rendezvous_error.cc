@@ -38,10 +38,13 @@ void Rendezvous::check_ended() {
     end_with(fmt::format("{}: the job was aborted: {}", operation_text(),
                          members_.segment->abort_reason()));
   const std::uint64_t failed = members_.failed->load();
-  const int failed_rank = static_cast<int>(failed & ((1 << kFailedRankBits) - 1));
-  if (failed >> kFailedRankBits == generation_ + 1 && failed_rank < size_)
-    end_with(
-        fmt::format("rank {} ended the group: {}", failed_rank, block(failed_rank).failure.get()));
+  const std::uint64_t generation = failed >> kFailedRankBits;
+  const int rank = static_cast<int>(failed & ((1 << kFailedRankBits) - 1));
+  if (generation <= generation_ || rank >= size_) return;
+  end_with(fmt::format(
+      "rank {} ended the group{}: {}", rank,
+      generation == generation_ + 1 ? "" : fmt::format(" of generation {} already", generation - 1),
+      block(rank).failure.get()));
 }
 
 void Rendezvous::check_late(Clock::time_point now, bool look_at_processes) {
@@ -54,18 +57,41 @@ void Rendezvous::check_late(Clock::time_point now, bool look_at_processes) {
   for (int other = 0; other < size_; ++other)
     if (other != rank_ && !arrived(other))
       late += fmt::format("{}rank {}, {}", late.empty() ? "" : "; ", other, last_seen(other));
-  fail(fmt::format("gave up after {:.2f} s waiting for {}", seconds(now - began_), late));
+  if (!late.empty())
+    fail(fmt::format("gave up after {:.2f} s waiting for {}", seconds(now - began_), late));
+}
+
+void Rendezvous::check_peer(int peer, Clock::time_point now, bool look_at_process,
+                            const std::function<bool()>& has_arrived) {
+  check_gone(peer, look_at_process, has_arrived);
+  // A collective that we have not begun, and that the peer cannot leave without us.
+  CallWords theirs;
+  for (std::size_t i = 0; i < theirs.size(); ++i)
+    theirs[i] = block(peer).calls[next_sequence_ % 2].words[i].load();
+  if (theirs[0] == ticket_of(generation_, next_sequence_) && !has_arrived())
+    fail(fmt::format("the calls of two ranks differ: rank {} called {}, rank {} called {}", rank_,
+                     describe(call_), peer, quote(peer, theirs)));
+  if (deadline_.expired(now))
+    fail(fmt::format("gave up after {:.2f} s waiting for rank {}, {}", seconds(now - began_), peer,
+                     last_seen(peer)));
 }
 
 void Rendezvous::check_gone(int rank, bool look_at_process,
                             const std::function<bool()>& has_arrived) {
   const ControlBlock& late = block(rank);
+  const ControlBlock& home =
+      door(rank);  // where it says who it is, also before it joins this group
   // Who arrived and then went has done its part: look again at whether it arrived.
-  if (late.left.load() == generation_ + 1) {
+  const std::uint64_t joined = late.joined.load();
+  if (joined > generation_ + 1) {
+    if (!has_arrived())
+      fail(fmt::format("rank {} is in generation {} already, this group is of generation {} ({})",
+                       rank, joined - 1, generation_, process_text(home)));
+  } else if (late.left.load() > generation_) {
     if (!has_arrived()) fail(fmt::format("rank {} has left the group, {}", rank, last_seen(rank)));
-  } else if (look_at_process && late.joined.load() == generation_ + 1 &&
-             late.pid.load() != ::getpid() &&
-             process_state(late.pid.load(), late.process_start.load()) == ProcessState::dead) {
+  } else if (look_at_process && home.joined.load() == generation_ + 1 &&
+             home.pid.load() != ::getpid() &&
+             process_state(home.pid.load(), home.process_start.load()) == ProcessState::dead) {
     if (!has_arrived()) fail(fmt::format("rank {} died, {}", rank, last_seen(rank)));
   }
 }
@@ -76,7 +102,9 @@ void Rendezvous::check_open() const {
 
 void Rendezvous::end_with(const std::string& message) {
   over_ = message;
-  record_end(Clock::now(), OperationState::failed);
+  const Clock::time_point now = Clock::now();
+  if (began_ != Clock::time_point()) statistics_.total += now - began_;
+  record_end(now, OperationState::failed);
   throw CommError(message);
 }
 
@@ -126,7 +154,8 @@ std::string Rendezvous::quote(int rank, const CallWords& words) const {
     const auto recorded =
         newest(*members_.segment, members_.node_ranks[rank], [&](const RecordedOperation& one) {
           return one.call.sequence == call.sequence && one.call.operation == call.operation &&
-                 one.call.generation == generation_ && one.group == recorder_.group();
+                 one.call.root == call.root && one.call.generation == generation_ &&
+                 one.group == recorder_.group();
         });
     call.tag = recorded ? recorded->call.tag : Tag();
     if (recorded || deadline.expired()) break;
@@ -136,10 +165,11 @@ std::string Rendezvous::quote(int rank, const CallWords& words) const {
 }
 
 std::string Rendezvous::last_seen(int rank) const {
-  const ControlBlock& other = block(rank);
-  const std::uint64_t joined = other.joined.load();
-  if (joined == 0) return "which has never joined";
-  const std::string process = process_text(other);
+  const std::uint64_t joined = block(rank).joined.load();
+  const std::string process = process_text(door(rank));
+  if (joined == 0)
+    return door(rank).joined.load() == 0 ? "which has never joined"
+                                         : fmt::format("which has not joined ({})", process);
   if (joined != generation_ + 1)
     return fmt::format("which is in generation {} ({})", joined - 1, process);
   const auto last =
@@ -151,10 +181,11 @@ std::string Rendezvous::last_seen(int rank) const {
   const std::string where = last->group == recorder_.group() ? ""
                             : last->group.empty()            ? "the group of all: "
                                                              : last->group + ": ";
-  return fmt::format("last seen {} {}{} {}, {}, {:.2f} s ago ({})", open ? "in" : "after", where,
-                     is_message(last->call) ? "message" : "operation", last->call.sequence,
-                     describe(last->call),
-                     static_cast<double>(nanoseconds_of(Clock::now()) - since) * 1e-9, process);
+  return fmt::format(
+      "last seen {} {}{} {}, {}, {:.2f} s ago ({})", open ? "in" : "after", where,
+      is_message(last->call) ? "message" : "operation", last->call.sequence, describe(last->call),
+      (static_cast<double>(nanoseconds_of(Clock::now())) - static_cast<double>(since)) * 1e-9,
+      process);
 }
 
 std::string Rendezvous::operation_text() const {

@@ -64,6 +64,7 @@ void Rendezvous::set_taken(int peer, std::uint64_t chunks) {
 }
 
 void Rendezvous::end_message(std::uint64_t bytes) {
+  check_ended();  // as in meet()
   end(bytes);
   block(rank_).message_turn.store(0, std::memory_order_release);
 }

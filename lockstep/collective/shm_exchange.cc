@@ -16,14 +16,14 @@ void ShmGroup::exchange(const Call& made, std::span<const std::byte> input,
   call.own = input.size();
   const bool stages = call.place == kNowhere;
   if (stages) stage(input);
-  run(call, options, input.size(), [&](const std::vector<CallWords>& calls) {
+  const std::uint64_t bytes = input.empty() ? call.count * size_of(call.dtype) : input.size();
+  run(call, options, bytes, [&](const std::vector<CallWords>& calls) {
     std::uint64_t longest = 0;
     std::uint64_t staged = 0;
     for (const CallWords& words : calls) {
       longest = std::max(longest, words[kOwnWord]);
       if (words[kPlaceWord] == kNowhere) staged = std::max(staged, words[kOwnWord]);
     }
-    if (longest == 0) return;
     std::vector<Piece> pieces(size_);
     for (int source = 0; source < size_; ++source) {
       pieces[source] = piece_of(source, calls);
@@ -32,6 +32,8 @@ void ShmGroup::exchange(const Call& made, std::span<const std::byte> input,
         throw Error(fmt::format("rank {} announced {} bytes, too few for what is read of them",
                                 source, theirs));
     }
+    // Where all agree on the counts, all know that there is nothing to copy.
+    if (longest == 0 && call.operation != Operation::all_to_all_uneven) return;
     for (std::uint64_t offset = 0; offset == 0 || offset < staged; offset += kStagingBytes) {
       if (offset != 0) {
         if (stages && offset < input.size()) stage(input.subspan(offset));

@@ -25,7 +25,8 @@ struct Member {
 
 }  // namespace
 
-ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options)
+ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options,
+                   std::shared_ptr<ArenaRanges> ranges, const CallOptions& join)
     : segment_(members.segment),
       node_ranks_(members.node_ranks),
       rank_(rank),
@@ -33,7 +34,8 @@ ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options)
       generation_(options.generation),
       timeout_(options.timeout),
       on_records_(options.on_records),
-      memory_(segment_, node_ranks_.at(rank)),
+      memory_(ranges ? std::move(ranges)
+                     : std::make_shared<ArenaRanges>(segment_, node_ranks_.at(rank))),
       meeting_(std::move(members), rank, options),
       owner_writes_all_(plan_owner_writes_all(rank, size_)),
       flat_(plan_flat(rank, size_)),
@@ -41,7 +43,7 @@ ShmGroup::ShmGroup(Members members, int rank, const GroupOptions& options)
       staging_(memory_.allocate(kStagingBytes + size_ * sizeof(std::uint64_t),
                                 "the staging buffer of a rank")),
       slots_(size_) {
-  run({.operation = Operation::join, .place = place_of(staging_, kCacheLine)}, {}, 0,
+  run({.operation = Operation::join, .place = place_of(staging_, kCacheLine)}, join, 0,
       [&](const auto& calls) {
         if (!locate(
                 calls, kPlaceWord, kCacheLine, [&](int) { return staging_.size(); }, stagings_))
@@ -71,9 +73,11 @@ std::uint64_t ShmGroup::place_of(std::span<const std::byte> memory, std::size_t 
 }
 
 std::unique_ptr<Group> ShmGroup::split(int color, int key, const CallOptions& options) {
+  const Clock::time_point started = Clock::now();
+  const Clock::duration timeout = options.timeout.value_or(timeout_);
   // Never given back: others may look at it when this rank's group is gone.
-  const auto own =
-      segment_->allocate(node_ranks_[rank_], sizeof(SubGroupBlock), "a sub-group's control block");
+  const auto own = segment_->allocate_lasting(node_ranks_[rank_], sizeof(SubGroupBlock),
+                                              "a sub-group's control block");
   const Call call{.operation = Operation::split,
                   .place = place_of(own, kCacheLine),
                   .own = static_cast<std::uint64_t>(static_cast<std::uint32_t>(color)) << 32 |
@@ -99,9 +103,11 @@ std::unique_ptr<Group> ShmGroup::split(int color, int key, const CallOptions& op
   if (color < 0) return nullptr;
   members.name = fmt::format("ranks {}", fmt::join(members.node_ranks, ","));
   const auto self = std::ranges::find(chosen, rank_, &Member::rank);
+  const Clock::duration left = std::max(timeout - (Clock::now() - started), Clock::duration(1));
   return std::make_unique<ShmGroup>(
       std::move(members), static_cast<int>(self - chosen.begin()),
-      GroupOptions{.generation = generation_, .timeout = timeout_, .on_records = on_records_});
+      GroupOptions{.generation = generation_, .timeout = timeout_, .on_records = on_records_},
+      memory_.ranges(), CallOptions{.tag = options.tag, .timeout = left});
 }
 
 std::unique_ptr<Group> make_shm_group(std::shared_ptr<Segment> segment, int rank,

@@ -37,25 +37,53 @@ inline constexpr std::size_t kFlatBytes = 8 << 10, kFlatArenaBytes = 2 << 10;
 inline constexpr std::size_t kFlatBytesAsleep = 16 << 10;
 static_assert(kFlatBytesAsleep <= kSharedInputBytes);
 
-// What a rank reserved in its arena; given back at the end, last first.
+// What a group and its sub-groups have reserved in a rank's arena. Given back in any order: pages
+// at once, the address range when everything above it is given back, too.
+class ArenaRanges {
+ public:
+  ArenaRanges(std::shared_ptr<Segment> segment, int node_rank)
+      : segment_(std::move(segment)), node_rank_(node_rank) {}
+  std::span<std::byte> allocate(std::size_t bytes, std::string_view what) {
+    ranges_.push_back({segment_->allocate(node_rank_, bytes, what)});
+    return ranges_.back().memory;
+  }
+  void release(std::span<std::byte> memory) {
+    for (Range& range : ranges_)
+      if (range.memory.data() == memory.data() && range.memory.size() == memory.size())
+        range.is_free = true;
+    segment_->release(node_rank_, memory);
+    for (; !ranges_.empty() && ranges_.back().is_free; ranges_.pop_back())
+      segment_->release(node_rank_, ranges_.back().memory);
+  }
+
+ private:
+  struct Range {
+    std::span<std::byte> memory;
+    bool is_free = false;
+  };
+  const std::shared_ptr<Segment> segment_;
+  const int node_rank_;
+  std::vector<Range> ranges_;
+};
+
+// Of these, one group's; given back at its end.
 class ArenaMemory {
  public:
-  ArenaMemory(std::shared_ptr<Segment> segment, int node_rank)
-      : segment_(std::move(segment)), node_rank_(node_rank) {}
+  explicit ArenaMemory(std::shared_ptr<ArenaRanges> ranges) : ranges_(std::move(ranges)) {}
   ~ArenaMemory() {
     for (auto memory = memory_.rbegin(); memory != memory_.rend(); ++memory)
-      segment_->release(node_rank_, *memory);
+      ranges_->release(*memory);
   }
   ArenaMemory(const ArenaMemory&) = delete;
   ArenaMemory& operator=(const ArenaMemory&) = delete;
   std::span<std::byte> allocate(std::size_t bytes, std::string_view what) {
-    memory_.push_back(segment_->allocate(node_rank_, bytes, what));
+    memory_.push_back(ranges_->allocate(bytes, what));
     return memory_.back();
   }
+  const std::shared_ptr<ArenaRanges>& ranges() const { return ranges_; }
 
  private:
-  std::shared_ptr<Segment> segment_;
-  const int node_rank_;
+  const std::shared_ptr<ArenaRanges> ranges_;
   std::vector<std::span<std::byte>> memory_;
 };
 
@@ -72,7 +100,10 @@ struct Tree {
 class ShmGroup final : public Group {
  public:
   // members.blocks and members.node_ranks name the ranks; `rank` is this one's place among them.
-  ShmGroup(Members members, int rank, const GroupOptions& options);
+  // `ranges`: the group's that this one is split from. `join`: of the call that waits for the
+  // others.
+  ShmGroup(Members members, int rank, const GroupOptions& options,
+           std::shared_ptr<ArenaRanges> ranges = nullptr, const CallOptions& join = {});
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }

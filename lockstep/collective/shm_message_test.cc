@@ -177,7 +177,8 @@ TEST(ShmSubGroupTest, AnAbortWakesItsWaiters) {
   std::jthread agent([&] {
     in_pair.wait(false);
     const Deadline deadline = Deadline::after(kTestTimeout);
-    while (segment->control(2).waiters.load() < 1 && !deadline.expired()) std::this_thread::yield();
+    while (segment->control(2).waiting.load() == 0 && !deadline.expired())
+      std::this_thread::yield();
     segment->abort("interrupted");
   });
   const auto errors = errors_of(segment, [&](Group& group) {

@@ -42,7 +42,7 @@ class Threads {
 // Until somebody sleeps on the rank's bell.
 void await_waiter(Segment& segment, int rank) {
   const Deadline deadline = Deadline::after(kTestTimeout);
-  while (segment.control(rank).waiters.load() == 0 && !deadline.expired())
+  while (segment.control(rank).waiting.load() == 0 && !deadline.expired())
     std::this_thread::yield();
 }
 
@@ -267,7 +267,7 @@ TEST(ShmHostileTest, PlacesThatARankNamesAreChecked) {
     auto segment = make_segment(2, 16 << 20);
     auto& block = segment->control(1);
     const CallWords words = pack({.operation = Operation::join, .place = place});
-    for (std::size_t i = words.size(); i-- > 0;) block.calls[0].words[i].store(words[i]);
+    for (std::size_t i = words.size(); i-- > 0;) block.joins[0].words[i].store(words[i]);
     EXPECT_THAT(error_of([&] { make_shm_group(segment, 0, {.timeout = 60s}); }),
                 AllOf(HasSubstr("join()"),
                       ::testing::AnyOf(HasSubstr("outside its arena"), HasSubstr("misaligned"))))

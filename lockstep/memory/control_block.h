@@ -1,6 +1,6 @@
 // What one rank shows the others, in shared memory: how far it is, what it is doing, who it is.
 // Every field is an atomic, because another process may read it at any time, and every reader
-// treats what it finds as input. Written by its rank alone, except `waiters`,
+// treats what it finds as input. Written by its rank alone, except `waiting`,
 // `bell` and `message_taken`. All zero until its rank has joined a group.
 #pragma once
 
@@ -49,8 +49,10 @@ struct alignas(64) CallLine {
 inline constexpr std::size_t kSharedInputBytes = 16 << 10;
 
 struct alignas(64) ControlBlock {
-  // Call n is in n % 2: a rank may be one call ahead of its readers.
+  // Call n is in n % 2: a rank may be one call ahead of its readers. Joins have two lines of their
+  // own, by generation: a rank may join the next while another still reads this one's last call.
   CallLine calls[2];
+  CallLine joins[2];
   // A copy of a small call's input, likewise. Here, not in the arena: its rank may have left the
   // group when others read it.
   struct alignas(64) {
@@ -61,7 +63,7 @@ struct alignas(64) ControlBlock {
   // bits, so that the word only ever grows.
   alignas(64) std::atomic<std::uint64_t> phase;
 
-  alignas(64) std::atomic<std::uint32_t> waiters;  // how many sleep on `bell`
+  alignas(64) std::atomic<std::uint32_t> waiting;  // not 0: somebody sleeps on `bell`
   std::atomic<std::uint32_t> bell;                 // changes when sleepers must look again
 
   alignas(64) std::atomic<std::uint64_t> joined;  // generation + 1
@@ -69,7 +71,8 @@ struct alignas(64) ControlBlock {
   std::atomic<std::int32_t> pid;
   std::atomic<std::uint32_t> expedites;      // whether the others' membarrier() reaches it
   std::atomic<std::uint64_t> process_start;  // in clock ticks since boot: tells a reused pid
-  std::atomic<std::uint64_t> arena_used;
+  std::atomic<std::uint64_t> arena_used;     // from the arena's beginning
+  std::atomic<std::uint64_t> arena_lasting;  // from its end: what is never given back
   std::array<std::atomic<std::uint64_t>, 16> cores;  // those that it may run on, a bit each
 
   // A message to or from one other rank, while this rank is in such a call.
@@ -83,8 +86,8 @@ struct alignas(64) ControlBlock {
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
-// Sleeps until the bell changes from `seen`, or about `timeout` has passed. The caller counts
-// itself in `waiters` first, reads the bell, and then looks once more at what it waits for.
+// Sleeps until the bell changes from `seen`, or about `timeout` has passed. The caller reads the
+// bell, sets `waiting`, and then looks once more at what it waits for.
 void sleep_on(std::atomic<std::uint32_t>& bell, std::uint32_t seen,
               std::chrono::nanoseconds timeout);
 void ring(std::atomic<std::uint32_t>& bell);

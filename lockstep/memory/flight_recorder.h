@@ -2,8 +2,9 @@
 // segment finds them after the rank was killed. A ring; record n is in slot n %
 // kRecordedOperations. Every field is an atomic, and a reader treats what it finds as input.
 //
-// Threads: several may open and close records of one rank at the same time, as long as none of them
-// is a whole ring behind. Readers may come at any time and skip what is being written.
+// Threads: several may open and close records of one rank at the same time; a record that is closed
+// when a whole ring has gone by stays open in what is left of it: nowhere. Readers may come at any
+// time and skip what is being written.
 #pragma once
 
 #include <array>
@@ -52,6 +53,7 @@ inline void open_record(FlightRecorder& recorder, std::uint64_t serial,
 inline void close_record(FlightRecorder& recorder, std::uint64_t serial, std::int64_t ended_at_ns,
                          std::uint64_t outcome) {
   OperationRecord& record = recorder.records[serial % kRecordedOperations];
+  if (record.serial.load(std::memory_order_relaxed) != serial) return;  // a whole ring ago
   record.outcome.store(outcome, std::memory_order_relaxed);
   record.ended_at_ns.store(ended_at_ns, std::memory_order_release);
 }

@@ -225,30 +225,52 @@ void Segment::abort(std::string_view reason) {
 
 std::string Segment::abort_reason() const {
   const Header& header = state_->header();
-  return header.abort_word.load() != 0 ? header.abort_reason.get() : "";
+  if (header.abort_word.load() == 0) return "";
+  const std::string reason = header.abort_reason.get();
+  return reason.empty() ? "(the reason is not written yet)" : reason;
 }
 
 void Segment::wake_all() {
   for (int rank = 0; rank < ranks(); ++rank) ring(control(rank).bell);
 }
 
-std::span<std::byte> Segment::allocate(int rank, std::size_t bytes, std::string_view what) {
-  auto& used_word = control(rank).arena_used;
-  const std::uint64_t used = used_word.load(std::memory_order_relaxed);
+std::span<std::byte> Segment::take(int rank, std::size_t bytes, bool lasting,
+                                   std::string_view what) {
+  ControlBlock& block = control(rank);
+  const std::uint64_t used = block.arena_used.load(std::memory_order_relaxed);
+  const std::uint64_t kept = block.arena_lasting.load(std::memory_order_relaxed);
   const std::uint64_t arena_bytes = state_->layout.arena_bytes;
-  if (used > arena_bytes || used % kAlignment != 0)
-    throw Error(fmt::format("the control block of rank {} is corrupt: {} of {} arena bytes in use",
-                            rank, used, arena_bytes));
-  if (bytes > arena_bytes - used)
+  if (used > arena_bytes || kept > arena_bytes - used || (used | kept) % kAlignment != 0)
+    throw Error(
+        fmt::format("the control block of rank {} is corrupt: {} and {} of {} arena bytes "
+                    "in use",
+                    rank, used, kept, arena_bytes));
+  const std::uint64_t left = arena_bytes - used - kept;
+  if (bytes > left)
     throw Error(fmt::format(
         "no room for {} in the arena of rank {}: {} needed, {} of {} left; hint: fewer workers or "
-        "a "
-        "smaller model",
-        what, rank, byte_text(bytes), byte_text(arena_bytes - used), byte_text(arena_bytes)));
-  reserve_or_throw(state_->fd.get(), state_->layout.arena_offset(rank) + used, bytes, what);
-  // The arena's size is a multiple of the alignment, so this stays inside.
-  used_word.store(round_up(used + bytes, kAlignment), std::memory_order_relaxed);
-  return {state_->arena(rank) + used, bytes};
+        "a smaller model",
+        what, rank, byte_text(bytes), byte_text(left), byte_text(arena_bytes)));
+  // All sizes are multiples of the alignment, so this stays inside.
+  const std::uint64_t rounded = round_up(bytes, kAlignment);
+  const std::uint64_t begin = lasting ? arena_bytes - kept - rounded : used;
+  const std::uint64_t offset = state_->layout.arena_offset(rank) + begin;
+  // A late rank of a generation that failed may have written there since it was given back.
+  if (bytes != 0) give_back(state_->fd.get(), offset, rounded);
+  reserve_or_throw(state_->fd.get(), offset, bytes, what);
+  if (lasting)
+    block.arena_lasting.store(kept + rounded, std::memory_order_relaxed);
+  else
+    block.arena_used.store(used + rounded, std::memory_order_relaxed);
+  return {state_->base + offset, bytes};
+}
+
+std::span<std::byte> Segment::allocate(int rank, std::size_t bytes, std::string_view what) {
+  return take(rank, bytes, false, what);
+}
+
+std::span<std::byte> Segment::allocate_lasting(int rank, std::size_t bytes, std::string_view what) {
+  return take(rank, bytes, true, what);
 }
 
 void Segment::release(int rank, std::span<std::byte> memory) {
@@ -276,12 +298,6 @@ int Segment::arena_owner(const void* pointer) const {
   if (offset < 0) return -1;
   return static_cast<int>((static_cast<std::uint64_t>(offset) - state_->layout.arenas_offset()) /
                           state_->layout.arena_bytes);
-}
-
-std::byte* Segment::twin(const void* pointer, int rank) const {
-  const int owner = arena_owner(pointer);
-  LOCKSTEP_CHECK(owner >= 0 && rank >= 0 && rank < ranks());
-  return state_->arena(rank) + (static_cast<const std::byte*>(pointer) - state_->arena(owner));
 }
 
 std::span<std::byte> Segment::at(int rank, std::uint64_t offset, std::uint64_t bytes) const {

@@ -59,10 +59,13 @@ class Segment {
   // Makes every sleeping rank look again at what it waits for.
   void wake_all();
 
-  // Reserves `bytes` of rank's arena, 64-byte aligned, zeroed. Ranks that make the same calls in
-  // the same order get the same offset within their arenas ("symmetric"). One thread at a time for
-  // each rank.
+  // Reserves `bytes` of rank's arena, 64-byte aligned, zeroed. (A rank of a generation that failed
+  // may still be writing there: what must stay zero is allocated when all have joined the next.)
+  // Ranks that make the same calls in the same order get the same offset within their arenas
+  // ("symmetric"). One thread at a time for each rank.
   std::span<std::byte> allocate(int rank, std::size_t bytes, std::string_view what);
+  // The same from the arena's other end, for what is never given back.
+  std::span<std::byte> allocate_lasting(int rank, std::size_t bytes, std::string_view what);
   // Gives the pages back to the system; the address range too, if `memory` is what allocate()
   // returned last. Nobody may use it any more.
   void release(int rank, std::span<std::byte> memory);
@@ -71,13 +74,12 @@ class Segment {
   // inside any arena.
   std::int64_t offset_of(const void* pointer) const;
   int arena_owner(const void* pointer) const;  // rank whose arena holds it, or -1
-  // The symmetric twin: the same offset in another rank's arena.
-  std::byte* twin(const void* pointer, int rank) const;
   // The bytes of rank's arena at an offset that another process named: checked. Throws Error.
   std::span<std::byte> at(int rank, std::uint64_t offset, std::uint64_t bytes) const;
 
  private:
   struct State;
+  std::span<std::byte> take(int rank, std::size_t bytes, bool lasting, std::string_view what);
   explicit Segment(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
