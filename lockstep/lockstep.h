@@ -8,3 +8,5 @@
 #include "lockstep/parallel/data_parallel.h"
 #include "lockstep/parallel/distributed_sampler.h"
 #include "lockstep/parallel/shared_weights.h"
+#include "lockstep/train/losses.h"
+#include "lockstep/train/trainer.h"

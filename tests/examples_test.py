@@ -38,5 +38,23 @@ def test_mnist_on_fashion_mnist(folder):
     assert loss < 0.8, loss
 
 
+def test_trainer_resumes_on_another_number_of_workers(folder):
+    program = f"{BUILD}/example-trainer"
+
+    def last_line(*command):
+        return run(*command).out.strip().split("\n")[-1].removeprefix("[rank 0] ")
+
+    whole = last_line(program, f"{folder}/whole", 4)
+    contains(whole, "128 steps, stopped after 4 epochs; sum of the weights ")
+    first = run(LOCKSTEP, "run", "--nproc-per-node", 2, program, f"{folder}/run", 2).out
+    contains(first, "64 steps, stopped after 2 epochs")
+    accuracies = [float(value) for value in re.findall(r"accuracy ([\d.]+) %", first)]
+    assert accuracies[1] > 30, accuracies
+    equal(last_line(LOCKSTEP, "run", "--nproc-per-node", 3, program, f"{folder}/run", 4), whole)
+    again = run(program, f"{folder}/run", 4)
+    equal(again.out.strip(), whole, "a finished run")
+    contains(again.err, "going on from step 128")
+
+
 if __name__ == "__main__":
     main(globals())

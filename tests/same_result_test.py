@@ -20,12 +20,15 @@ warmup_steps = 2
 epochs = 2
 global_batch_size = 32     # 150 samples: the last batch of an epoch holds 22
 virtual_ranks = 4
+accumulate = 2
 clip_grad_norm = 1.0
 seed = 5
 """
 
 CNN = """
 recipe = "mnist"
+[dataset]
+augment = "flip,crop"
 [model]
 name = "cnn"
 batch_norm = true
@@ -37,6 +40,9 @@ lr = 0.01
 epochs = 1
 global_batch_size = 32
 virtual_ranks = 4
+accumulate = 3             # the last batch of an epoch: 5 or 6 samples a virtual rank
+clip_grad_norm = 2.0
+precision = "bf16"
 """
 
 CSV = """
@@ -49,8 +55,9 @@ widths = [8]
 name = "huber"
 [train]
 epochs = 3
-global_batch_size = 7
+global_batch_size = 9      # 48 rows: the last batch leaves one virtual rank without any
 virtual_ranks = 4
+accumulate = 3             # fewer than that in most: as many pieces as samples
 [split]
 test = 0.2
 """
@@ -108,12 +115,29 @@ def test_mlp(folder):
     equal_on(folder, MLP, make_idx_folder(f"{folder}/data"), [1, 2, 2, 3, 4])
 
 
-def test_cnn_with_batch_norm_and_dropout(folder):
-    equal_on(folder, CNN, make_idx_folder(f"{folder}/data"), [1, 2, 4])
+def test_cnn_with_batch_norm_dropout_augmentation_and_bf16(folder):
+    equal_on(folder, CNN, make_idx_folder(f"{folder}/data"), [1, 2, 2, 3, 4])
+
+
+def test_cnn_in_fp32(folder):
+    equal_on(folder, CNN.replace("bf16", "fp32"), make_idx_folder(f"{folder}/data"), [1, 4])
 
 
 def test_csv(folder):
-    equal_on(folder, CSV, make_csv(f"{folder}/table.csv"), [1, 2, 4])
+    equal_on(folder, CSV, make_csv(f"{folder}/table.csv"), [1, 2, 3, 4])
+
+
+def test_every_setting_matters(folder):
+    """What is held equal above is in use: without it the result is another one."""
+    data = make_idx_folder(f"{folder}/data")
+    with open(f"{folder}/job.toml", "w") as file:
+        file.write(CNN)
+    changes = ["train.precision=fp32", "train.accumulate=1", "train.clip_grad_norm=0",
+               "dataset.augment=flip", "dataset.augment=crop", "dataset.augment=none",
+               "model.dropout=0", "model.batch_norm=false", "train.virtual_ranks=2"]
+    found = {train(f"{folder}/job.toml", f"{folder}/{number}", "--data", data, "--set",
+                   change)["weights_sha256"] for number, change in enumerate(changes)}
+    equal(len(found), len(changes), "different weights")
 
 
 def test_resnet18(folder):

@@ -30,6 +30,10 @@ class AsyncSaver {
   void save(const CheckpointContents& contents,
             std::optional<std::vector<std::uint64_t>> keep_also = {},
             Deadline deadline = Deadline::never());
+  bool is_idle() const {  // save() would not wait
+    return !in_flight_.valid() ||
+           in_flight_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+  }
   // Returns when nothing is in flight; throws the error of the one that was, or Error at the
   // deadline.
   void wait(Deadline deadline = Deadline::never());

@@ -251,6 +251,8 @@ void Builder::check_data(const job::Recipe& recipe) const {
           "text is not normalised", "\"none\"");
   const auto& classes = job_.dataset.classes;
   require(recipe.images || classes.empty(), "dataset.classes", "is for images", "leave it out");
+  require(recipe.images || job_.dataset.augment == "none", "dataset.augment", "is for images",
+          "leave it out");
   require(classes.size() != 1, "dataset.classes", "one class leaves nothing to tell apart",
           "name two or more, or none for all");
   require(std::set(classes.begin(), classes.end()).size() == classes.size(), "dataset.classes",

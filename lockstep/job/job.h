@@ -55,6 +55,7 @@ struct LossSettings {
 };
 struct DatasetSettings {
   std::string normalize = "standard";  // none | unit (bytes / 255) | standard (mean 0, deviation 1)
+  std::string augment = "none";        // idx: none | flip | crop | flip,crop
   std::vector<std::int64_t> classes = {};  // idx: only these classes, renamed 0, 1, …
   std::int64_t keep_class = 0;             // classification: of this class only …
   double keep_fraction = 1.0;              // … this part of the training rows
@@ -80,13 +81,24 @@ struct TrainSettings {
   std::int64_t batch_size = 64;        // a worker, at creation; after resolution: 0
   std::int64_t global_batch_size = 0;  // after resolution: > 0
   std::int64_t virtual_ranks = 0;      // after resolution: > 0
+  std::int64_t accumulate = 1;         // micro-batches of a virtual rank's batch
+  std::string precision = "fp32";      // fp32 | bf16
   std::uint64_t seed = 1;
   bool shuffle = true;
   double clip_grad_norm = 0.0;  // 0: off
   double tolerance = 0.0;  // 0: off; stop when tolerance_of changes less from one epoch to the next
   std::string tolerance_of = "loss";  // loss | gradient_norm
+  std::int64_t patience = 0;          // 0: off; epochs without progress
+  double min_delta = 0.0;             // what counts as progress
+  std::string monitor = "test_loss";  // test_loss | test_accuracy
   bool print_test_loss = false;       // "Epoch 1, Test Loss: …" lines
   bool operator==(const TrainSettings&) const = default;
+};
+struct CheckpointSettings {
+  std::int64_t every_epochs = 1;  // 0: never
+  std::int64_t every_steps = 0;   // 0: never
+  std::int64_t keep = 1;          // the last so many, besides the best one
+  bool operator==(const CheckpointSettings&) const = default;
 };
 struct WorkerSettings {
   std::int64_t count = 1;
@@ -106,6 +118,7 @@ struct Job {
   ScheduleSettings schedule;
   LossSettings loss;
   TrainSettings train;
+  CheckpointSettings checkpoint;
   WorkerSettings workers;
   bool operator==(const Job&) const = default;
 };
@@ -129,6 +142,9 @@ Job parse_job(std::string_view toml, const std::string& where,
 // The resolved job as TOML, every key, without `output`: what is written down.
 // parse_job(to_toml(job)) equals job (but for `output`).
 std::string to_toml(const Job& job);
+
+// Every setting that the result depends on, in the schema's order, with its value as TOML.
+std::vector<std::pair<std::string, std::string>> result_settings(const Job& job);
 
 // Every key of a job file as a Markdown table: key, type, default, meaning. docs/job-file.md holds
 // it.

@@ -36,6 +36,7 @@ std::vector<Key> make_schema() {
   using C = ScheduleSettings;
   using L = LossSettings;
   using T = TrainSettings;
+  using P = CheckpointSettings;
   using W = WorkerSettings;
   const Limits seed = between(0, kMostSeed);
   return {
@@ -55,6 +56,9 @@ std::vector<Key> make_schema() {
       {"dataset.normalize", member<&Job::dataset, &D::normalize>,
        one_of({"none", "unit", "standard"}),
        "unit: pixels / 255; standard: mean 0 and deviation 1, measured on the training set"},
+      {"dataset.augment", member<&Job::dataset, &D::augment>,
+       one_of({"none", "flip", "crop", "flip,crop"}),
+       "images, in training: mirrored at random; moved by up to an eighth of their size"},
       {"dataset.classes", member<&Job::dataset, &D::classes>, between(0, 255),
        "images: only these classes, renamed 0, 1, …; empty: all"},
       {"dataset.keep_class", member<&Job::dataset, &D::keep_class>, between(0, 65535),
@@ -146,6 +150,10 @@ std::vector<Key> make_schema() {
       {"train.virtual_ranks", member<&Job::train, &T::virtual_ranks>, between(1, 1024),
        "fixed slices of the global batch; default: workers.count. The result depends on this, not "
        "on the number of workers"},
+      {"train.accumulate", member<&Job::train, &T::accumulate>, between(1, 1 << 20),
+       "micro-batches that the batch of a virtual rank is computed in: less memory, the same step"},
+      {"train.precision", member<&Job::train, &T::precision>, one_of({"fp32", "bf16"}),
+       "bf16: training's forward passes under autocast; weights and updates stay fp32"},
       {"train.seed", member<&Job::train, &T::seed>, seed,
        "first weights, order of samples, dropout"},
       {"train.shuffle", member<&Job::train, &T::shuffle>, any(),
@@ -156,8 +164,21 @@ std::vector<Key> make_schema() {
        "stop when tolerance_of changes less from one epoch to the next; 0: off"},
       {"train.tolerance_of", member<&Job::train, &T::tolerance_of>,
        one_of({"loss", "gradient_norm"}), "what tolerance looks at"},
+      {"train.patience", member<&Job::train, &T::patience>, between(0, 1e6),
+       "stop after so many epochs in which `monitor` did not become better; 0: off"},
+      {"train.min_delta", member<&Job::train, &T::min_delta>, float_from_0(),
+       "patience: what is not better by more than this does not count"},
+      {"train.monitor", member<&Job::train, &T::monitor>, one_of({"test_loss", "test_accuracy"}),
+       "what patience looks at and the best checkpoint is the best of"},
       {"train.print_test_loss", member<&Job::train, &T::print_test_loss>, any(),
        "print \"Epoch 1, Test Loss: …\" after each epoch"},
+
+      {"checkpoint.every_epochs", member<&Job::checkpoint, &P::every_epochs>, between(0, 1e6),
+       "a checkpoint every so many epochs; 0: not for epochs"},
+      {"checkpoint.every_steps", member<&Job::checkpoint, &P::every_steps>, between(0, 1e12),
+       "a checkpoint every so many steps; 0: not for steps. With both 0 there are none"},
+      {"checkpoint.keep", member<&Job::checkpoint, &P::keep>, between(1, 1e6),
+       "how many of the last ones stay, besides the best one"},
 
       {"workers.count", member<&Job::workers, &W::count>, between(1, 1024), "processes"},
       {"workers.threads", member<&Job::workers, &W::threads>, between(1, 1024),
@@ -335,6 +356,15 @@ std::string to_toml(const Job& job) {
     result += fmt::format("{} = {}\n", leaf, job::value_as_toml(key, job));
   }
   return result;
+}
+
+std::vector<std::pair<std::string, std::string>> result_settings(const Job& job) {
+  std::vector<std::pair<std::string, std::string>> settings;
+  for (const job::Key& key : job::schema())
+    if (key.written && key.name != "workers.count" && key.name != "workers.timeout_s" &&
+        key.name != "train.print_test_loss" && !key.name.starts_with("checkpoint."))
+      settings.emplace_back(key.name, job::value_as_toml(key, job));
+  return settings;
 }
 
 }  // namespace lockstep

@@ -18,10 +18,13 @@ Error cannot_write(const std::filesystem::path& path, int reason) {
 
 }  // namespace
 
-AppendFile::AppendFile(std::filesystem::path path, std::filesystem::path named)
+AppendFile::AppendFile(std::filesystem::path path, std::filesystem::path named, bool keep)
     : path_(std::move(path)), named_(named.empty() ? path_ : std::move(named)) {
-  fd_ = UniqueFd(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0666));
+  const int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (keep ? 0 : O_TRUNC);
+  fd_ = UniqueFd(::open(path_.c_str(), flags, 0666));
   if (!fd_) throw cannot_write(named_, errno);
+  size_ = ::lseek(fd_.get(), 0, SEEK_END);
+  if (size_ < 0) throw cannot_write(named_, errno);
 }
 
 void AppendFile::append(std::span<const std::byte> record) {

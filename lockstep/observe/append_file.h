@@ -14,8 +14,10 @@ namespace lockstep {
 
 class AppendFile {
  public:
-  // Creates the file or empties it. `named`: what errors call it, if not its path. Throws Error.
-  explicit AppendFile(std::filesystem::path path, std::filesystem::path named = {});
+  // Creates the file, and empties it unless `keep`. `named`: what errors call it, if not its path.
+  // Throws Error.
+  explicit AppendFile(std::filesystem::path path, std::filesystem::path named = {},
+                      bool keep = false);
   // Throws Error naming the file, the reason and the free space; the file ends with its last whole
   // record then.
   void append(std::span<const std::byte> record);

@@ -3,7 +3,8 @@
 // byte as untrusted.
 //
 // The events and their members (all times in seconds, all sizes in bytes; ? may be missing):
-//   ready: rank, train_samples, test_samples, parameters, steps_per_epoch, epochs
+//   ready: rank, train_samples, test_samples, parameters, steps_per_epoch, epochs,
+//     resumed?: {step, samples, epochs: [events epoch], …} (from rank 0: what a checkpoint brought)
 //   first_step: rank, clock (CLOCK_MONOTONIC when the first step was committed)
 //   step: epoch, step and samples (both since the start), steps_per_epoch, loss, grad_norm, lr,
 //     clock; from rank 0, at most 10 a second

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -34,6 +36,24 @@ void write_report(const std::filesystem::path& path, const nlohmann::ordered_jso
   with_free_space_note(path, [&] { write_file_atomically(path, text); });
 }
 
+// The lines of an interrupted run that its checkpoint has, too: steps up to it, and its epochs.
+// What came later comes again.
+std::string metrics_before(const std::filesystem::path& path, const RunRecord& run) {
+  std::multimap<std::int64_t, std::string> lines;  // by step; of equal ones the step's come first
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    const auto event = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (!event.is_object() || event.value("event", "") != "step") continue;
+    const std::int64_t step = event.value("step", std::int64_t{0});
+    if (step <= run.resumed_step) lines.emplace(step, line + "\n");
+  }
+  for (const nlohmann::json& epoch : run.resumed_epochs)
+    lines.emplace(epoch.at("step").get<std::int64_t>(), as_line(epoch));
+  std::string text;
+  for (const auto& [step, line] : lines) text += line;
+  return text;
+}
+
 }  // namespace
 
 struct RunLog::State {
@@ -58,10 +78,15 @@ struct RunLog::State {
   double total_s() const { return options.clock() - options.start_clock; }
 
   void open_files() {
-    metrics.emplace(options.output / "metrics.jsonl");
+    const std::filesystem::path path = options.output / "metrics.jsonl";
+    if (options.resume)
+      with_free_space_note(path, [&] { write_file_atomically(path, metrics_before(path, run)); });
+    metrics.emplace(path, std::filesystem::path(), options.resume);
     board.emplace(options.output /
                   tensorboard_file_name(options.start_time, host_name(), ::getpid()));
     board->append(as_byte_span(tensorboard_header(wall_time())));
+    if (options.resume)
+      board->append(as_byte_span(tensorboard_start(wall_time(), run.resumed_step + 1)));
     clear_bar();
     print(describe_start(run));
   }

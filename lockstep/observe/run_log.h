@@ -20,9 +20,10 @@ struct RunLogOptions {
   bool terminal = false;              // standard output is a terminal: a progress bar
   int columns = 80;
   int workers = 1;
-  double start_clock = 0;                       // CLOCK_MONOTONIC when the program started, seconds
-  double start_time = 0;                        // seconds since 1970 at that moment
-  std::string title;                            // "fashion-mnist: mlp 128-64, adam, 2 workers"
+  bool resume = false;     // the files of the run in `output` go on from where it was interrupted
+  double start_clock = 0;  // CLOCK_MONOTONIC when the program started, seconds
+  double start_time = 0;   // seconds since 1970 at that moment
+  std::string title;       // "fashion-mnist: mlp 128-64, adam, 2 workers"
   std::function<double()> clock;                // CLOCK_MONOTONIC now, seconds
   std::function<void(std::string_view)> print;  // to standard output
 };

@@ -178,5 +178,38 @@ TEST_F(RunLogTest, AFileThatCannotBeMadeIsNamed) {
   }
 }
 
+// The checkpoint of step 3 knows epoch 1; a line of it is missing, one of step 4 is there.
+TEST_F(RunLogTest, AResumedRunGoesOnWithItsFiles) {
+  const json epoch = {{"event", "epoch"},  {"epoch", 1},       {"step", 2},
+                      {"train_loss", 0.5}, {"grad_norm", 1.0}, {"lr", 0.1},
+                      {"samples", 40},     {"seconds", 4.0},   {"eval_seconds", 0.0}};
+  write_file_atomically(folder_ / "metrics.jsonl",
+                        "{\"event\":\"step\",\"step\":1}\n{\"event\":\"step\",\"step\":3}\n"
+                        "{\"event\":\"step\",\"step\":4}\n{\"event\":\"st");
+  RunLogOptions with = options();
+  with.resume = true;
+  RunLog log(with);
+  json first = ready(0);
+  first["epochs"] = 2;
+  first["resumed"] = {
+      {"step", 3}, {"samples", 60}, {"epochs", {epoch}}, {"loss", 10.0}, {"weight", 20.0}};
+  log.on_event(0, first);
+  log.on_event(1, ready(1));
+  json second = epoch;
+  second["epoch"] = 2;
+  second["step"] = 4;
+  second["samples"] = 80;
+  log.on_event(0, second);
+  log.on_event(0, {{"event", "finished"}, {"reason", "2 epochs"}, {"epochs", 2}, {"steps", 4}});
+  log.finish("sum", {});
+  EXPECT_EQ(read_text_file(folder_ / "metrics.jsonl"),
+            "{\"event\":\"step\",\"step\":1}\n" + epoch.dump() +
+                "\n{\"event\":\"step\",\"step\":3}\n" + second.dump() + "\n");
+  EXPECT_EQ(report().at("resumed_step"), 3);
+  ASSERT_EQ(report().at("epochs").size(), 2u);
+  EXPECT_EQ(report().at("epochs")[1].at("samples_per_s"), 10.0);
+  EXPECT_EQ(report().at("samples_per_s"), 10.0);
+}
+
 }  // namespace
 }  // namespace lockstep

@@ -52,6 +52,19 @@ double RunRecord::training_seconds() const {
   return total;
 }
 
+void RunRecord::take_resumed(const nlohmann::json& progress) {
+  for (const nlohmann::json& each : progress.at("epochs")) {
+    if (each.at("event") != "epoch") continue;
+    take(each);
+    resumed_epochs.push_back(each);
+  }
+  clock = 0;
+  step = resumed_step = progress.at("step");
+  samples = samples_at_clock = progress.at("samples");
+  epoch = static_cast<std::int64_t>(epochs.size()) + 1;
+  loss = per_second(number_in(progress, "loss"), number_in(progress, "weight"));
+}
+
 void RunRecord::take(const nlohmann::json& event) {
   const std::string& kind = event.at("event").get_ref<const std::string&>();
   if (kind == "ready") {
@@ -60,6 +73,7 @@ void RunRecord::take(const nlohmann::json& event) {
     train_samples = event.at("train_samples");
     test_samples = event.at("test_samples");
     parameters = event.at("parameters");
+    if (event.contains("resumed")) take_resumed(event.at("resumed"));
   } else if (kind == "first_step") {
     first_step_clock = event.at("clock").get<double>();
     if (clock == 0) clock = *first_step_clock;
@@ -124,9 +138,10 @@ std::string progress_line(const RunRecord& run, int columns) {
   if (run.samples_per_s > 0)
     tail += fmt::format("  {} samples/s", words_for_count(run.samples_per_s));
   const double elapsed = run.clock - run.first_step_clock.value_or(run.clock);
-  if (run.step > 1 && elapsed > 0) {
+  const std::int64_t timed = run.step - run.resumed_step - 1;  // since the first one here
+  if (timed > 0 && elapsed > 0) {
     const double left = double(run.epochs_planned * steps - run.step);
-    tail += fmt::format("  {} left", words_for_duration(elapsed / double(run.step - 1) * left));
+    tail += fmt::format("  {} left", words_for_duration(elapsed / double(timed) * left));
   }
   constexpr int kMostCells = 40, kFewestCells = 5;
   const int cells = std::min(columns - int(head.size() + tail.size()) - 3, kMostCells);
@@ -207,6 +222,7 @@ nlohmann::ordered_json report_of(const RunRecord& run, double total_s,
     entry["samples_per_s"] = epoch.samples_per_s;
     report["epochs"].push_back(std::move(entry));
   }
+  if (run.resumed_step > 0) report["resumed_step"] = run.resumed_step;
   report["samples_per_s"] = per_second(double(run.samples), run.training_seconds());
   report["start_to_first_step_s"] =
       run.first_step_clock ? Json(*run.first_step_clock - run.start_clock) : Json();

@@ -27,8 +27,10 @@ struct RunRecord {
 
   std::int64_t epochs_planned = 0, steps_per_epoch = 0;
   std::uint64_t train_samples = 0, test_samples = 0, parameters = 0;
-  std::vector<EpochRecord> epochs;
-  std::map<int, nlohmann::json> ranks;  // the "rank" events
+  std::int64_t resumed_step = 0;               // 0: the run began at the start
+  std::vector<nlohmann::json> resumed_epochs;  // their events
+  std::vector<EpochRecord> epochs;             // those included
+  std::map<int, nlohmann::json> ranks;         // the "rank" events
   nlohmann::json solution;
   std::string stopped_because;
   std::optional<double> first_step_clock;
@@ -47,6 +49,9 @@ struct RunRecord {
   // member is missing or of a wrong type.
   void take(const nlohmann::json& event);
   double training_seconds() const;
+
+ private:
+  void take_resumed(const nlohmann::json& progress);
 };
 
 // A number member that may be missing or null (a number that is not finite travels as null).

@@ -63,6 +63,17 @@ std::string tensorboard_header(double wall_time) {
   return record_of(event);
 }
 
+std::string tensorboard_start(double wall_time, std::int64_t step) {
+  std::string start;
+  append_key(start, 1, kVarint);  // SessionLog.status
+  append_varint(start, 1);        // START
+  std::string event = event_at(wall_time);
+  append_key(event, 2, kVarint);  // Event.step
+  append_varint(event, static_cast<std::uint64_t>(step));
+  append_text(event, 7, start);  // Event.session_log
+  return record_of(event);
+}
+
 std::string tensorboard_scalars(double wall_time, std::int64_t step, const Scalars& scalars) {
   std::string summary;
   for (const auto& [tag, number] : scalars) {

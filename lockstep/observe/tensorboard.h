@@ -15,6 +15,8 @@ using Scalars = std::vector<std::pair<std::string, double>>;  // tag, value
 
 // The file's first record: which version of the format follows.
 std::string tensorboard_header(double wall_time);
+// A record that says: a run goes on here, and what older files have from `step` on is void.
+std::string tensorboard_start(double wall_time, std::int64_t step);
 // One record that holds the scalars of one step.
 std::string tensorboard_scalars(double wall_time, std::int64_t step, const Scalars& scalars);
 // "events.out.tfevents.TIME.HOST.PID": TensorBoard looks for the second and third word.

@@ -23,8 +23,14 @@ struct RecipeData {
 // Reads or makes the job's data. Throws ConfigError naming the file and what is wrong.
 RecipeData load_recipe_data(const Job& job);
 
-// Trains the job on this rank. Emits events; the agent writes the files.
-void run_training(const World& world, const Job& job);
+// Where checkpoints go, "": nowhere. `resume`: from the newest one there; else what an earlier run
+// has left there is removed.
+struct CheckpointPlace {
+  std::filesystem::path folder = {};
+  bool resume = false;
+};
+// Trains the job on this rank. Emits events; the agent writes all files but checkpoints.
+void run_training(const World& world, const Job& job, const CheckpointPlace& checkpoints = {});
 
 // Applies the weights in `weights` to the rows of `data` ("": the job's own test set): CSV lines by
 // blocks of rows, each computed by one rank and sent to the agent as an event.

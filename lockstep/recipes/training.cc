@@ -39,18 +39,31 @@ Schedule schedule_for(const Job& job, std::int64_t steps_per_epoch) {
   return schedule;
 }
 
-TrainerOptions trainer_options(const Job& job, std::vector<NamedTensor> extra_tensors) {
-  return {.epochs = job.train.epochs,
-          .max_steps = job.train.max_steps,
-          .global_batch_size = job.train.global_batch_size,
-          .virtual_ranks = static_cast<int>(job.train.virtual_ranks),
-          .seed = job.train.seed,
-          .shuffle = job.train.shuffle,
-          .clip_grad_norm = job.train.clip_grad_norm,
-          .tolerance = job.train.tolerance,
-          .tolerance_of_gradient_norm = job.train.tolerance_of == "gradient_norm",
-          .print_test_loss = job.train.print_test_loss,
-          .extra_tensors = std::move(extra_tensors)};
+TrainerOptions trainer_options(const Job& job, std::vector<NamedTensor> extra_tensors,
+                               const CheckpointPlace& checkpoints) {
+  return {
+      .epochs = job.train.epochs,
+      .max_steps = job.train.max_steps,
+      .global_batch_size = job.train.global_batch_size,
+      .virtual_ranks = static_cast<int>(job.train.virtual_ranks),
+      .accumulate = job.train.accumulate,
+      .seed = job.train.seed,
+      .shuffle = job.train.shuffle,
+      .clip_grad_norm = job.train.clip_grad_norm,
+      .precision = job.train.precision == "bf16" ? Precision::bf16 : Precision::fp32,
+      .tolerance = job.train.tolerance,
+      .tolerance_of_gradient_norm = job.train.tolerance_of == "gradient_norm",
+      .patience = job.train.patience,
+      .min_delta = job.train.min_delta,
+      .monitor = job.train.monitor == "test_accuracy" ? Monitor::test_accuracy : Monitor::test_loss,
+      .print_test_loss = job.train.print_test_loss,
+      .checkpoint_dir = checkpoints.folder,
+      .checkpoint_every_epochs = job.checkpoint.every_epochs,
+      .checkpoint_every_steps = job.checkpoint.every_steps,
+      .checkpoint_keep = static_cast<int>(job.checkpoint.keep),
+      .resume = checkpoints.resume,
+      .job = result_settings(job),
+      .extra_tensors = std::move(extra_tensors)};
 }
 
 // The trained linear model's weights in the data's own units: undoes the normalisation of the
@@ -91,7 +104,7 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
                      const Task& task, const BatchSource& train, const BatchSource* test,
                      const std::vector<NamedTensor>& extra_tensors) {
   const Clock::time_point started = Clock::now();
-  const TrainerOptions options = trainer_options(job, {});
+  const TrainerOptions options = trainer_options(job, {}, {});
   PhaseTimer timer(world.group());
   std::vector<NamedTensor> tensors = named_parameters(*task.module);
   const auto count = [&] {
@@ -121,9 +134,10 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
     summary.test_loss = evaluate(world, task, *test, options.evaluation_batch_size).loss;
   }
   timer.mark(Phase::evaluation);
-  if (world.rank() == 0)
-    world.events().emit(epoch_event(summary, 0.0, train.size(), seconds(solved - started),
-                                    seconds(Clock::now() - solved)));
+  summary.samples = train.size();
+  summary.seconds = seconds(solved - started);
+  summary.evaluation_seconds = seconds(Clock::now() - solved);
+  if (world.rank() == 0) world.events().emit(epoch_event(summary));
   snapshots.write(1);
   world.events().emit(rank_event(world, timer));
   if (world.rank() == 0) world.events().emit(finished_event("solved in closed form", 1, 1));
@@ -166,9 +180,8 @@ void report_recall(const World& world, const Task& task, const BatchSource& test
   world.events().emit({{"event", "solution"}, {"values", {{"recall", std::move(recall)}}}});
 }
 
-std::vector<EpochSummary> fit(const World& world, const Job& job, const RecipeData& data,
-                              TrainerOptions options, const Task& task, const BatchSource& train,
-                              const BatchSource* test) {
+FitReport fit(const World& world, const Job& job, const RecipeData& data, TrainerOptions options,
+              const Task& task, const BatchSource& train, const BatchSource* test) {
   options.partition = data.partition;
   const auto batch = static_cast<std::uint64_t>(job.train.global_batch_size);
   const auto steps_per_epoch = static_cast<std::int64_t>((train.size() + batch - 1) / batch);
@@ -176,16 +189,17 @@ std::vector<EpochSummary> fit(const World& world, const Job& job, const RecipeDa
       .fit(task, optimizer_options(job.optimizer), schedule_for(job, steps_per_epoch), train, test);
 }
 
-void train_text(const World& world, const Job& job, const RecipeData& data) {
+void train_text(const World& world, const Job& job, const RecipeData& data,
+                const CheckpointPlace& checkpoints) {
   constexpr std::int64_t kEvaluatedBlocks = 32;  // at once: the outputs are large
   const Model model =
       make_model(job.model, data.sets.train.sample_shape, kByteValues, job.train.seed);
   const Task task{model.module, model.forward, text_loss, {}};
   const TextBatches train(data.sets.train), held_out(data.sets.test);
-  TrainerOptions options = trainer_options(job, {});
+  TrainerOptions options = trainer_options(job, {}, checkpoints);
   options.evaluation_batch_size = kEvaluatedBlocks;
   const std::vector<EpochSummary> epochs =
-      fit(world, job, data, options, task, train, held_out.size() > 0 ? &held_out : nullptr);
+      fit(world, job, data, options, task, train, held_out.size() > 0 ? &held_out : nullptr).epochs;
   if (world.rank() != 0 || !epochs.back().evaluated) return;
   const double nats = epochs.back().test_loss;
   world.events().emit(
@@ -198,14 +212,19 @@ void train_text(const World& world, const Job& job, const RecipeData& data) {
 
 }  // namespace
 
-void run_training(const World& world, const Job& job) {
+void run_training(const World& world, const Job& job, const CheckpointPlace& checkpoints) {
   const RecipeData data = load_recipe_data(job);
-  if (job.model.name == "gpt") return train_text(world, job, data);
+  if (!checkpoints.folder.empty() && !checkpoints.resume && world.rank() == 0)
+    std::filesystem::remove_all(checkpoints.folder);
+  if (job.model.name == "gpt") return train_text(world, job, data, checkpoints);
   const Dataset& rows = data.sets.train;
   const Objective objective = make_objective(job.loss, rows.class_count);
   const Model model = make_model(job.model, rows.sample_shape, objective.outputs, job.train.seed);
   const Task task{model.module, model.forward, objective.loss, objective.correct};
-  const DatasetBatches train(rows, data.normalization, objective.target_form);
+  const DatasetBatches train(rows, data.normalization, objective.target_form,
+                             {.flip = job.dataset.augment.starts_with("flip"),
+                              .crop = job.dataset.augment.ends_with("crop"),
+                              .seed = job.train.seed});
   std::optional<DatasetBatches> held_out;
   if (data.sets.test.rows > 0)
     held_out.emplace(data.sets.test, data.normalization, objective.target_form);
@@ -215,7 +234,7 @@ void run_training(const World& world, const Job& job) {
   if (job.optimizer.name == "closed_form") {
     fit_closed_form(world, job, rows, task, train, test, extra);
   } else {
-    fit(world, job, data, trainer_options(job, extra), task, train, test);
+    fit(world, job, data, trainer_options(job, extra, checkpoints), task, train, test);
   }
   const bool unbalanced = job.dataset.keep_fraction < 1 || job.dataset.partition == "stratified" ||
                           job.dataset.partition == "weighted";

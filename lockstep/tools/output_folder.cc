@@ -1,6 +1,8 @@
 #include "lockstep/tools/output_folder.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -17,8 +19,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::array kRunFiles = {"job.toml", "report.json", "metrics.jsonl", "model.safetensors",
-                                  "flight_recorder.json"};
+constexpr std::array kRunFiles = {"job.toml",          "report.json",          "metrics.jsonl",
+                                  "model.safetensors", "flight_recorder.json", "checkpoints"};
 
 bool belongs_to_a_run(const fs::path& name) {
   return std::find(kRunFiles.begin(), kRunFiles.end(), name) != kRunFiles.end() ||
@@ -94,16 +96,39 @@ OutputFolder OutputFolder::next_free(const fs::path& parent, const std::string& 
   }
 }
 
+OutputFolder OutputFolder::resume(const fs::path& path) {
+  std::error_code error;
+  if (!fs::exists(path / "job.toml", error))
+    throw ConfigError(fmt::format("there is no run in {} to resume", path.string()),
+                      "the output folder of lockstep train");
+  OutputFolder folder(path);
+  folder.resumed_ = true;
+  refuse_unwritable(path, "output folder");
+  folder.lock();
+  return folder;
+}
+
+// The kernel takes the lock back when the process ends, however it ends.
+void OutputFolder::lock() {
+  lock_ = UniqueFd(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (lock_ && ::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+    throw ConfigError(fmt::format("another lockstep train is at work in {}", path_.string()),
+                      "wait for its end");
+}
+
 OutputFolder::~OutputFolder() {
   std::error_code ignored;  // one that is not empty holds somebody else's files
   for (auto folder = made_.rbegin(); folder != made_.rend(); ++folder) fs::remove(*folder, ignored);
 }
 
 void OutputFolder::begin(const std::string& job) {
+  if (resumed_) return;
+  lock();
   const fs::path job_file = path_ / "job.toml";
   std::vector<fs::path> old;
   for (const fs::directory_entry& entry : fs::directory_iterator(path_))
-    if (belongs_to_a_run(entry.path().filename()) && entry.path() != job_file)
+    if (belongs_to_a_run(entry.path().filename()) && entry.path() != job_file &&
+        entry.path() != checkpoints())
       old.push_back(entry.path());
   for (const fs::path& file : old) {
     std::error_code error;

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
+#include "lockstep/base/file.h"
 #include "lockstep/job/job.h"
 #include "lockstep/observe/run_log.h"
 #include "lockstep/tools/commands.h"
@@ -17,8 +18,10 @@
 namespace lockstep {
 namespace {
 
+namespace fs = std::filesystem;
+
 struct TrainFlags {
-  std::string name, workers, threads, epochs, data, output, report;
+  std::string name, workers, threads, epochs, data, output, report, resume;
   std::vector<std::string> settings;
   bool quiet = false, overwrite = false;
 };
@@ -35,6 +38,8 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
       ->take_all()
       ->expected(1);
   app.add_option("--output", flags.output, "folder for what is written; default runs/NAME-N");
+  app.add_option("--resume", flags.resume,
+                 "go on with the run in this output folder, from its last checkpoint");
   app.add_option("--report", flags.report, "a second copy of report.json");
   app.add_flag("--quiet", flags.quiet, "print nothing");
   app.add_flag("--overwrite", flags.overwrite, "replace the run in the output folder");
@@ -94,6 +99,7 @@ bool on_a_terminal() {
 }
 
 OutputFolder folder_for(const Job& job, const TrainFlags& flags) {
+  if (!flags.resume.empty()) return OutputFolder::resume(flags.resume);
   const std::string& path = flags.output.empty() ? job.output : flags.output;
   return path.empty() ? OutputFolder::next_free("runs", job.recipe)
                       : OutputFolder::at(path, flags.overwrite);
@@ -110,6 +116,8 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   run.command = "train";
   run.job = job;
   run.segment = Segment::create({.ranks = workers});
+  run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
+  if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
   SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);
   RunLog log({.output = folder.path(),
               .report_copy = flags.report,
@@ -117,6 +125,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
               .terminal = on_a_terminal(),
               .columns = terminal_columns(),
               .workers = workers,
+              .resume = !flags.resume.empty(),
               .start_clock = start.clock,
               .start_time = start.time,
               .title = title_of(job),
@@ -170,6 +179,33 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   }
 }
 
+// Why the run ended, if it did.
+std::string reason_of_end(const fs::path& folder) {
+  std::error_code error;
+  if (!fs::exists(folder / "report.json", error)) return "";
+  const auto report = nlohmann::json::parse(read_text_file(folder / "report.json"), nullptr,
+                                            /*allow_exceptions=*/false);
+  if (!report.is_object() || report.contains("failed")) return "";
+  return report.value("stopped_because", "");
+}
+
+void resume(const TrainFlags& flags, const Start& start) {
+  const auto refuse = [&](bool given, const char* what, const char* hint) {
+    if (given) throw ConfigError(fmt::format("{} does not go with --resume", what), hint);
+  };
+  refuse(!flags.name.empty(), "a job file or a recipe", "the run's own job.toml says what it is");
+  refuse(!flags.output.empty(), "--output", "it goes on where it was begun");
+  refuse(flags.overwrite, "--overwrite", "leave it out");
+  const fs::path folder = flags.resume;
+  if (const std::string reason = reason_of_end(folder); !reason.empty()) {
+    if (!flags.quiet) print(fmt::format("the run in {} is finished: {}\n", flags.resume, reason));
+    return;
+  }
+  std::error_code error;
+  if (!fs::exists(folder / "job.toml", error)) OutputFolder::resume(folder);  // says what is wrong
+  train(resolve_job((folder / "job.toml").string(), overrides_of(flags)), flags, start);
+}
+
 }  // namespace
 
 int train_command(const std::vector<std::string>& arguments, const Start& start) {
@@ -177,6 +213,10 @@ int train_command(const std::vector<std::string>& arguments, const Start& start)
   TrainFlags flags;
   add_flags(app, flags);
   if (!parse_arguments(app, arguments)) return 0;
+  if (!flags.resume.empty()) {
+    resume(flags, start);
+    return 0;
+  }
   if (flags.name.empty())
     throw ConfigError("no recipe and no job file given",
                       fmt::format("a job file, or one of {}", fmt::join(recipe_names(), ", ")));

@@ -43,7 +43,9 @@ void work(const World& world, const Job& job, const std::string& command,
   at::set_num_threads(static_cast<int>(job.workers.threads));
   at::set_num_interop_threads(1);
   if (command == "train")
-    run_training(world, job);
+    run_training(world, job,
+                 {.folder = required(environment, "LOCKSTEP_CHECKPOINTS"),
+                  .resume = environment.contains("LOCKSTEP_RESUME")});
   else if (command == "bench")
     run_training_bench(world, bench_of(required(environment, "LOCKSTEP_BENCH")));
   else

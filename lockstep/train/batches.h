@@ -17,6 +17,14 @@ struct Normalization {
 // One mean and deviation over all bytes of the images.
 Normalization image_statistics(const Dataset& images);
 
+// Random changes to training images, the same for a sample in an epoch wherever it is computed.
+struct Augmentation {
+  bool flip = false;  // left to right, one in two
+  bool crop = false;  // moved by up to an eighth of height and width; what moves in is black
+  std::uint64_t seed = 0;
+  bool any() const { return flip || crop; }
+};
+
 enum class TargetForm {
   classes,  // [n] int64
   one_hot,  // [n, class_count] float32
@@ -27,17 +35,21 @@ enum class TargetForm {
 class DatasetBatches : public BatchSource {
  public:
   // `data` must outlive this. Images get a channel: [n, 1, height, width]; tables are [n, columns].
-  DatasetBatches(const Dataset& data, Normalization normalization, TargetForm form);
+  DatasetBatches(const Dataset& data, Normalization normalization, TargetForm form,
+                 Augmentation augmentation = {});
   std::uint64_t size() const override { return data_.rows; }
   Batch batch(std::span<const std::uint64_t> indices) const override;
+  Batch training_batch(std::span<const std::uint64_t> indices, std::uint64_t epoch) const override;
 
  private:
+  Batch make(std::span<const std::uint64_t> indices, const std::uint64_t* epoch) const;
   at::Tensor targets(std::span<const std::uint64_t> indices) const;
 
   const Dataset& data_;
   std::vector<float> mean_;   // one for each feature
   std::vector<float> scale_;  // 1 / deviation
   TargetForm form_;
+  Augmentation augmentation_;
 };
 
 }  // namespace lockstep

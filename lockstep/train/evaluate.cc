@@ -46,7 +46,7 @@ Evaluation evaluate(const World& world, const Task& task, const BatchSource& dat
   Evaluation evaluation;
   evaluation.samples = data.size();
   evaluation.loss = weight > 0 ? loss / weight : 0.0;
-  evaluation.accuracy = data.size() > 0 ? correct / static_cast<double>(data.size()) : 0.0;
+  evaluation.accuracy = weight > 0 ? correct / weight : 0.0;
   return evaluation;
 }
 

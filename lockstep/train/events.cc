@@ -25,17 +25,16 @@ nlohmann::json first_step_event() {
   return {{"event", "first_step"}, {"rank", 0}, {"clock", monotonic_clock()}};
 }
 
-nlohmann::json epoch_event(const EpochSummary& summary, double lr, std::uint64_t samples,
-                           double train_seconds, double evaluation_seconds) {
+nlohmann::json epoch_event(const EpochSummary& summary) {
   nlohmann::json event = {{"event", "epoch"},
                           {"epoch", summary.epoch},
                           {"step", summary.step},
                           {"train_loss", summary.train_loss},
                           {"grad_norm", summary.gradient_norm},
-                          {"lr", lr},
-                          {"samples", samples},
-                          {"seconds", train_seconds},
-                          {"eval_seconds", evaluation_seconds}};
+                          {"lr", summary.lr},
+                          {"samples", summary.samples},
+                          {"seconds", summary.seconds},
+                          {"eval_seconds", summary.evaluation_seconds}};
   if (summary.evaluated) event["test_loss"] = summary.test_loss;
   if (summary.evaluated && summary.has_accuracy) event["test_accuracy"] = summary.test_accuracy;
   return event;

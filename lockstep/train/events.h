@@ -15,9 +15,7 @@ nlohmann::json ready_event(const World& world, std::uint64_t train_samples,
                            std::uint64_t test_samples, std::uint64_t parameters,
                            std::uint64_t steps_per_epoch, std::int64_t epochs);
 nlohmann::json first_step_event();
-// `lr` and `samples` since the start; seconds of training and of evaluation.
-nlohmann::json epoch_event(const EpochSummary& summary, double lr, std::uint64_t samples,
-                           double train_seconds, double evaluation_seconds);
+nlohmann::json epoch_event(const EpochSummary& summary);
 nlohmann::json rank_event(const World& world, const PhaseTimer& timer);
 nlohmann::json finished_event(const std::string& reason, std::int64_t epochs, std::int64_t steps);
 // Seconds on the clock that the agent reads too.

@@ -8,8 +8,8 @@
 #include <span>
 #include <vector>
 
-#include "lockstep/cluster/world.h"
 #include "lockstep/bridge/flat_parameters.h"
+#include "lockstep/cluster/world.h"
 
 namespace lockstep {
 

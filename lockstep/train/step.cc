@@ -3,6 +3,8 @@
 #include <ATen/Context.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
 
@@ -17,16 +19,14 @@ StepExecutor::StepExecutor(const Task& task, SharedWeights& weights, const Batch
       options_(options),
       timer_(timer) {}
 
-StepOutcome StepExecutor::run(const Ledger::Epoch& epoch, std::uint64_t step, std::int64_t number,
-                              double lr, bool measure) {
-  weights_.compute([&](int virtual_rank) {
-    return compute(epoch, ledger_.positions(step, virtual_rank), virtual_rank, number);
-  });
+StepOutcome StepExecutor::run(const Step& step, const Ledger::Epoch& order) {
+  const std::uint64_t count = pieces(step);
+  weights_.compute([&](int virtual_rank) { return compute(step, order, virtual_rank, count); });
   timer_.mark(Phase::backward);
-  for (OptimizerOptions& group : weights_.groups()) group.lr = lr;
+  for (OptimizerOptions& group : weights_.groups()) group.lr = step.lr;
   StepOutcome outcome;
   try {
-    outcome = weights_.decide(measure);
+    outcome = weights_.decide(step.measure);
   } catch (const NonFiniteError& error) {
     const char* const kept =
         weights_.is_finite()
@@ -42,15 +42,40 @@ StepOutcome StepExecutor::run(const Ledger::Epoch& epoch, std::uint64_t step, st
   return outcome;
 }
 
-VirtualLoss StepExecutor::compute(const Ledger::Epoch& epoch, PositionRange range,
-                                  int virtual_rank, std::int64_t number) {
-  if (range.size() == 0) return {};
+// As many on every virtual rank that has samples, so that what counts batches (batch norm) agrees.
+std::uint64_t StepExecutor::pieces(const Step& step) const {
+  auto count = static_cast<std::uint64_t>(options_.accumulate);
+  for (int v = 0; v < options_.virtual_ranks && count > 1; ++v)
+    if (const std::uint64_t size = ledger_.positions(step.of_epoch, v).size(); size > 0)
+      count = std::min(count, size);
+  return count;
+}
+
+// Autograd adds the pieces' gradients up in .grad, one after the other. Whether the first lies in
+// its place or not, sums are of whole gradients: no product accumulates into another's result.
+VirtualLoss StepExecutor::compute(const Step& step, const Ledger::Epoch& order, int virtual_rank,
+                                  std::uint64_t pieces) {
+  const PositionRange range = ledger_.positions(step.of_epoch, virtual_rank);
+  VirtualLoss sum;
+  if (range.size() == 0) return sum;
+  at::manual_seed(mix({options_.seed, static_cast<std::uint64_t>(step.number),
+                       static_cast<std::uint64_t>(virtual_rank)}));
+  for (std::uint64_t piece = 0; piece < pieces; ++piece) {
+    const PositionRange part = even_part(range.size(), pieces, piece);
+    const VirtualLoss loss =
+        compute_piece(step, order, {range.begin + part.begin, range.begin + part.end});
+    sum.sum += loss.sum;
+    sum.weight += loss.weight;
+  }
+  return sum;
+}
+
+VirtualLoss StepExecutor::compute_piece(const Step& step, const Ledger::Epoch& order,
+                                        PositionRange range) {
   indices_.clear();
   for (std::uint64_t position = range.begin; position < range.end; ++position)
-    indices_.push_back(epoch.index(position));
-  const Batch batch = data_.batch(indices_);
-  at::manual_seed(mix({options_.seed, static_cast<std::uint64_t>(number),
-                       static_cast<std::uint64_t>(virtual_rank)}));
+    indices_.push_back(order.index(position));
+  const Batch batch = data_.training_batch(indices_, step.epoch);
   timer_.mark(Phase::data);
   const LossValue loss = [&] {
     const Autocast autocast(options_.precision);

@@ -16,15 +16,22 @@ class StepExecutor {
  public:
   StepExecutor(const Task& task, SharedWeights& weights, const BatchSource& data,
                const Ledger& ledger, const TrainerOptions& options, PhaseTimer& timer);
-  // Step `step` of epoch `epoch`, the `number`-th since the start (all from 0), at learning rate
-  // lr. Throws Error naming step and rank when a loss or a gradient is not finite; nothing has been
+  struct Step {
+    std::uint64_t epoch = 0;     // these three from 0
+    std::uint64_t of_epoch = 0;  // the step within it
+    std::int64_t number = 0;     // and since the start
+    double lr = 0;
+    bool measure = false;  // the gradient's norm
+  };
+  // Throws Error naming step and rank when a loss or a gradient is not finite; nothing has been
   // updated then.
-  StepOutcome run(const Ledger::Epoch& epoch, std::uint64_t step, std::int64_t number, double lr,
-                  bool measure);
+  StepOutcome run(const Step& step, const Ledger::Epoch& order);
 
  private:
-  VirtualLoss compute(const Ledger::Epoch& epoch, PositionRange range, int virtual_rank,
-                      std::int64_t number);
+  std::uint64_t pieces(const Step& step) const;
+  VirtualLoss compute(const Step& step, const Ledger::Epoch& order, int virtual_rank,
+                      std::uint64_t pieces);
+  VirtualLoss compute_piece(const Step& step, const Ledger::Epoch& order, PositionRange range);
 
   const Task& task_;
   SharedWeights& weights_;

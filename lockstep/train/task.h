@@ -27,6 +27,12 @@ class BatchSource {
   virtual ~BatchSource() = default;
   virtual std::uint64_t size() const = 0;
   virtual Batch batch(std::span<const std::uint64_t> indices) const = 0;
+  // As batch(), for training in epoch `epoch` (from 0): random changes (augmentation) follow from
+  // the epoch and a sample's index.
+  virtual Batch training_batch(std::span<const std::uint64_t> indices,
+                               std::uint64_t /*epoch*/) const {
+    return batch(indices);
+  }
 };
 
 // Losses return the sum over the batch and the weight it stands for, undivided: the update divides
@@ -40,8 +46,8 @@ struct Task {
   std::shared_ptr<torch::nn::Module> module;
   std::function<at::Tensor(const at::Tensor& input)> forward;
   std::function<LossValue(const at::Tensor& output, const at::Tensor& target)> loss;
-  // How many of the batch's samples are predicted right; empty where accuracy means nothing
-  // (regression).
+  // How much of the loss's weight, the batch's samples, is predicted right; empty where accuracy
+  // means nothing (regression).
   std::function<std::int64_t(const at::Tensor& output, const at::Tensor& target)> correct;
 };
 

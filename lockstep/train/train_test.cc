@@ -105,8 +105,10 @@ TEST(Trainer, LearnsALineAndReportsEpochs) {
   const DatasetBatches train(data, {}, TargetForm::values);
   Fixture fixture;
   Trainer trainer(fixture.world, {.epochs = 200, .global_batch_size = 16, .virtual_ranks = 3});
-  const auto epochs = trainer.fit(fixture.task, {.kind = OptimizerKind::sgd, .momentum = 0.9},
-                                  {.lr = 0.05}, train, &train);
+  const auto epochs = trainer
+                          .fit(fixture.task, {.kind = OptimizerKind::sgd, .momentum = 0.9},
+                               {.lr = 0.05}, train, &train)
+                          .epochs;
   ASSERT_EQ(epochs.size(), 200u);
   EXPECT_EQ(epochs.back().step, 600);  // 40 rows in batches of 16: 3 steps, the last one short
   EXPECT_NEAR(fixture.weight(), 2.0, 1e-3);
@@ -128,7 +130,8 @@ TEST(Trainer, StopsAtMaxStepsAndAtTolerance) {
   const DatasetBatches train(data, {}, TargetForm::values);
   Fixture fixture;
   auto epochs = Trainer(fixture.world, {.epochs = 9, .max_steps = 3, .global_batch_size = 4})
-                    .fit(fixture.task, kSgd, {.lr = 0.1}, train, nullptr);
+                    .fit(fixture.task, kSgd, {.lr = 0.1}, train, nullptr)
+                    .epochs;
   EXPECT_EQ(epochs.size(), 2u);
   EXPECT_EQ(epochs.back().step, 3);
   for (bool of_norm : {false, true}) {
@@ -137,7 +140,8 @@ TEST(Trainer, StopsAtMaxStepsAndAtTolerance) {
                                    .global_batch_size = 8,
                                    .tolerance = 1e-4,
                                    .tolerance_of_gradient_norm = of_norm})
-                 .fit(again.task, kSgd, {.lr = 0.1}, train, nullptr);
+                 .fit(again.task, kSgd, {.lr = 0.1}, train, nullptr)
+                 .epochs;
     EXPECT_LT(epochs.size(), 1000u) << of_norm;
     EXPECT_GT(epochs.size(), 3u) << of_norm;
   }

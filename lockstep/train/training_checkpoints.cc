@@ -1,0 +1,137 @@
+#include "lockstep/train/training_checkpoints.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <nlohmann/json.hpp>
+
+#include "lockstep/base/error.h"
+
+namespace lockstep {
+namespace {
+
+constexpr const char* kHint =
+    "resume with the settings that the run was started with, or train from the start elsewhere";
+
+// Rank 0's text on every rank; a ConfigError that making it throws is thrown on every rank.
+std::string text_of_rank_0(const World& world, const std::function<std::string()>& make) {
+  std::string text, failure;
+  if (world.rank() == 0) {
+    try {
+      text = make();
+    } catch (const ConfigError& error) {
+      failure = error.what();
+    }
+  }
+  std::uint64_t sizes[2] = {text.size(), failure.size()};
+  world.group().broadcast(std::as_writable_bytes(std::span(sizes)), Dtype::int64, 0,
+                          {.tag = "checkpoint"});
+  std::string& sent = sizes[1] > 0 ? failure : text;
+  sent.resize(sizes[1] > 0 ? sizes[1] : sizes[0]);
+  if (!sent.empty())
+    world.group().broadcast(std::as_writable_bytes(std::span(sent)), Dtype::uint8, 0,
+                            {.tag = "checkpoint"});
+  if (!failure.empty()) throw ConfigError(failure);
+  return text;
+}
+
+std::string state_text(const JobSettings& job, const Progress& progress,
+                       const std::vector<std::uint64_t>& group_steps) {
+  return nlohmann::json{{"job", job}, {"progress", to_json(progress)}, {"group_steps", group_steps}}
+      .dump();
+}
+
+void check_tensor(const Checkpoint& file, const StateTensor& tensor) {
+  const Manifest::Tensor* saved = file.find(tensor.name);
+  if (saved == nullptr)
+    throw ConfigError(
+        fmt::format("{}: there is no tensor {}", file.path().string(), shown_name(tensor.name)),
+        kHint);
+  if (saved->dtype != tensor.dtype || saved->shape != tensor.shape ||
+      saved->bytes != tensor.bytes.size())
+    throw ConfigError(
+        fmt::format("{}: tensor {} is {} [{}], here {} [{}]", file.path().string(),
+                    shown_name(tensor.name), name_of(saved->dtype), fmt::join(saved->shape, ", "),
+                    name_of(tensor.dtype), fmt::join(tensor.shape, ", ")),
+        kHint);
+}
+
+}  // namespace
+
+FoundCheckpoint find_checkpoint(const World& world, const std::filesystem::path& folder) {
+  FoundCheckpoint found;
+  const std::string text = text_of_rank_0(world, [&] {
+    NewestCheckpoint newest = newest_checkpoint(folder);
+    found.file = std::move(newest.checkpoint);
+    nlohmann::json all = {{"broken", newest.skipped}, {"path", ""}};
+    if (found.file) {
+      all["path"] = found.file->path().string();
+      all["state"] = nlohmann::json::parse(found.file->state());
+    }
+    return all.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  });
+  const nlohmann::json all = nlohmann::json::parse(text);
+  found.broken = all.at("broken").get<std::vector<std::string>>();
+  found.path = all.at("path");
+  if (found.path.empty()) return found;
+  try {
+    const nlohmann::json& state = all.at("state");
+    found.job = state.at("job").get<JobSettings>();
+    found.progress = progress_from(state.at("progress"));
+    found.group_steps = state.at("group_steps").get<std::vector<std::uint64_t>>();
+  } catch (const nlohmann::json::exception& error) {
+    throw ConfigError(
+        fmt::format("{}: no checkpoint of a training run: {}", found.path, error.what()),
+        "a folder that lockstep train or a Trainer has written");
+  }
+  return found;
+}
+
+void restore(const World& world, const FoundCheckpoint& found, SharedWeights& weights) {
+  text_of_rank_0(world, [&] {
+    const std::vector<StateTensor> tensors = weights.state_tensors();
+    for (const StateTensor& tensor : tensors) check_tensor(*found.file, tensor);
+    if (found.file->tensors().size() != tensors.size() ||
+        found.group_steps.size() != weights.group_steps().size())
+      throw ConfigError(fmt::format("{}: holds {} tensors, the model and its optimizer have {}",
+                                    found.path, found.file->tensors().size(), tensors.size()),
+                        kHint);
+    return std::string();
+  });
+  weights.restore(static_cast<std::uint64_t>(found.progress.step), found.group_steps,
+                  [&](std::span<const StateTensor> tensors) {
+                    for (const StateTensor& tensor : tensors)
+                      found.file->read(tensor.name, tensor.bytes);
+                  });
+}
+
+CheckpointWriter::CheckpointWriter(const World& world, const TrainerOptions& options,
+                                   JobSettings job)
+    : options_(options), job_(std::move(job)) {
+  const bool wanted = options.checkpoint_every_epochs > 0 || options.checkpoint_every_steps > 0;
+  if (wanted && !options.checkpoint_dir.empty() && world.rank() == 0)
+    saver_.emplace(options.checkpoint_dir, CheckpointOptions{.keep = options.checkpoint_keep});
+}
+
+void CheckpointWriter::save(const SharedWeights& weights, const Progress& progress, bool always) {
+  if (!saver_ || (!always && !saver_->is_idle())) return;
+  const auto step = static_cast<std::uint64_t>(progress.step);
+  std::vector<std::uint64_t> best;
+  if (const auto index = best_epoch(options_, progress.epochs))
+    best.push_back(static_cast<std::uint64_t>(progress.epochs[*index].step));
+  CheckpointContents contents{
+      .step = step, .state = state_text(job_, progress, weights.group_steps()), .tensors = {}};
+  for (const StateTensor& tensor : weights.state_tensors())
+    contents.tensors.push_back({tensor.name, tensor.dtype, tensor.shape, tensor.bytes});
+  saver_->save(contents, best);
+  if (options_.callbacks.on_checkpoint)
+    options_.callbacks.on_checkpoint({.step = progress.step,
+                                      .path = checkpoint_path(options_.checkpoint_dir, step),
+                                      .best = !best.empty() && best[0] == step});
+}
+
+void CheckpointWriter::finish() {
+  if (saver_) saver_->wait();
+}
+
+}  // namespace lockstep
