@@ -137,7 +137,8 @@ def test_a_trace_when_a_worker_is_killed(folder):
     os.kill(running.workers()[-1], signal.SIGKILL)
     running.end([1])
     lengths = [len(operations) for operations in check_trace(trace, 2).values()]
-    assert min(lengths) > 0 and abs(lengths[0] - lengths[1]) <= 1, lengths
+    # The other may be one ahead; and a call is announced, and answered, before it is recorded.
+    assert min(lengths) > 0 and abs(lengths[0] - lengths[1]) <= 2, lengths
 
 
 def test_a_stopped_worker_is_missed_after_the_timeout(folder):
