@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "lockstep/base/error.h"
+#include "lockstep/bridge/matrix_product.h"
 #include "lockstep/bridge/parameter_hook.h"
 
 namespace lockstep {
@@ -39,16 +40,21 @@ DirectPlace* free_place(const at::Tensor& weight, const at::Tensor& gradient) {
   return &direct;
 }
 
+// In a backward that may be differentiated itself (create_graph) autograd must see it.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+  return at::GradMode::is_enabled() ? a.mm(b) : matrix_product(a, b);
+}
+
 // gradient [rows, out], input [rows, in]: the weight's gradient, [out, in].
 at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& gradient,
                            const at::Tensor& input) {
   if (!at::GradMode::is_enabled())
     if (const DirectPlace* direct = free_place(weight, gradient)) {
       at::Tensor place = direct->place.detach();  // autograd takes over what nobody else refers to
-      at::mm_out(place, gradient.t(), input);
+      matrix_product_into(place, gradient.t(), input);
       return place;
     }
-  return gradient.t().mm(input);
+  return product(gradient.t(), input);
 }
 
 // input [rows, in] times weight [out, in] transposed, plus the bias.
@@ -58,14 +64,14 @@ struct DirectLinear : autograd::Function<DirectLinear> {
     context->save_for_backward({input, weight});
     context->saved_data["bias"] = bias.has_value();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return bias ? at::addmm(*bias, input, weight.t()) : at::mm(input, weight.t());
+    return matrix_product(input, weight.t(), bias);
   }
 
   static variable_list backward(autograd::AutogradContext* context, variable_list gradients) {
     const variable_list saved = context->get_saved_variables();
     const at::Tensor &input = saved[0], &weight = saved[1], &gradient = gradients[0];
     variable_list result(3);
-    if (context->needs_input_grad(0)) result[0] = gradient.mm(weight);
+    if (context->needs_input_grad(0)) result[0] = product(gradient, weight);
     if (context->needs_input_grad(1)) result[1] = weight_gradient(weight, gradient, input);
     // A bias is the third input, if there is one; autograd itself adds up the rows.
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) result[2] = gradient;
