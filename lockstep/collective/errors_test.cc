@@ -152,9 +152,8 @@ Clock::duration time_of_an_abort() {
     if (rank == 2) {
       const Deadline deadline = Deadline::after(kTestTimeout);
       const auto in_barrier = [&](int other) { return segment->recorder(other).opened.load() > 1; };
-      while (!(in_barrier(0) && in_barrier(1) && segment->control(2).waiting.load() != 0) &&
-             !deadline.expired())
-        std::this_thread::yield();
+      while (!(in_barrier(0) && in_barrier(1)) && !deadline.expired()) std::this_thread::yield();
+      await_sleeper(*segment, 2);
       aborted = Clock::now();
       return segment->abort("worker 2 was killed by signal 9");
     }

@@ -18,6 +18,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
 #include "lockstep/collective/group.h"
+#include "lockstep/memory/control_block.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
@@ -58,6 +59,15 @@ inline void run_threads(int ranks, const std::function<void(int)>& body) {
         ADD_FAILURE() << "rank " << rank << ": " << error.what();
       }
     });
+}
+
+// Until somebody sleeps on the rank's bell. Whoever does says so again in every slice; what was
+// said before may be about a sleep that is over.
+inline void await_sleeper(Segment& segment, int rank) {
+  const Deadline deadline = Deadline::after(kTestTimeout);
+  auto& waiting = segment.control(rank).waiting;
+  waiting.store(0);
+  while (waiting.load() == 0 && !deadline.expired()) std::this_thread::yield();
 }
 
 // Ranks that are forked processes. A child ends with its body; what is left at the end is killed.

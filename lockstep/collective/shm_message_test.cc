@@ -176,9 +176,7 @@ TEST(ShmSubGroupTest, AnAbortWakesItsWaiters) {
   std::atomic<bool> in_pair = false;
   std::jthread agent([&] {
     in_pair.wait(false);
-    const Deadline deadline = Deadline::after(kTestTimeout);
-    while (segment->control(2).waiting.load() == 0 && !deadline.expired())
-      std::this_thread::yield();
+    await_sleeper(*segment, 2);
     segment->abort("interrupted");
   });
   const auto errors = errors_of(segment, [&](Group& group) {

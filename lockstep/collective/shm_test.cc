@@ -39,13 +39,6 @@ class Threads {
   std::vector<std::unique_ptr<Group>> groups;
 };
 
-// Until somebody sleeps on the rank's bell.
-void await_waiter(Segment& segment, int rank) {
-  const Deadline deadline = Deadline::after(kTestTimeout);
-  while (segment.control(rank).waiting.load() == 0 && !deadline.expired())
-    std::this_thread::yield();
-}
-
 // A call of ten numbers that lets each rank differ.
 struct TenFloats {
   std::vector<std::byte> memory = std::vector<std::byte>(80);
@@ -130,8 +123,8 @@ TEST(ShmFailureTest, ALateRankIsNamedWithWhatItDidLast) {
   threads.errors_of([](Group& group) { group.barrier({.tag = "epoch 1"}); });
   std::atomic<bool> given_up = false;
   const auto errors = threads.errors_of([&](Group& group) {
-    if (group.rank() == 0) await_waiter(*threads.segment, 0);  // until rank 2 is there
-    if (group.rank() == 1) given_up.wait(false);               // late: comes when 0 has given up
+    if (group.rank() == 0) await_sleeper(*threads.segment, 0);  // until rank 2 is there
+    if (group.rank() == 1) given_up.wait(false);                // late: comes when 0 has given up
     std::vector<std::byte> data(40);
     const std::string error = error_of([&] {
       group.all_reduce(data, Dtype::float32, Reduction::sum,
@@ -173,7 +166,7 @@ TEST(ShmFailureTest, AnAbortFromOutsideWakesEveryWaiter) {
   Threads threads(3);
   Clock::time_point aborted{};
   std::thread agent([&] {
-    await_waiter(*threads.segment, 2);
+    await_sleeper(*threads.segment, 2);
     aborted = Clock::now();
     threads.segment->abort("worker 2 was killed by signal 9");
   });
@@ -329,7 +322,7 @@ TEST_F(ShmProcessTest, AKilledRankIsNamedLongBeforeTheDeadline) {
   start_rank_0(kTestTimeout);
   ASSERT_EQ(processes_.line(0), "ready");
   ASSERT_EQ(processes_.line(1), "ready");
-  await_waiter(*segment_, 1);
+  await_sleeper(*segment_, 1);
   const auto killed = Clock::now();
   processes_.signal(1, SIGKILL);
   const std::string error = processes_.line(0);
@@ -358,7 +351,7 @@ TEST_F(ShmProcessTest, AbortReachesOtherProcesses) {
   processes_.start(1, stall);
   start_rank_0(kTestTimeout);
   ASSERT_EQ(processes_.line(0), "ready");
-  await_waiter(*segment_, 1);
+  await_sleeper(*segment_, 1);
   const auto aborted = Clock::now();
   segment_->abort("interrupted by Ctrl-C");
   EXPECT_THAT(processes_.line(0), HasSubstr("the job was aborted: interrupted by Ctrl-C"));
