@@ -180,7 +180,7 @@ const std::vector<CallWords>& Rendezvous::begin(const Call& call, const CallOpti
   if (!payload.empty()) std::memcpy(&mine[kPayloadWord], payload.data(), payload.size());
   in_call_ = true;
   expected_ = mine[0];
-  publish(const_cast<CallLine&>(line_of(block(rank_))), mine);
+  publish(line_of(block(rank_)), mine);
   announce();
   record_begin(mine, options);
   await_all();

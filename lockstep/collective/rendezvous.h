@@ -97,12 +97,12 @@ class Rendezvous {
   ControlBlock& door(int rank) const { return *doors_[rank]; }
   // At the meeting that is under way.
   std::uint64_t seen(int rank) const {
-    const ControlBlock& theirs = block(rank);
+    ControlBlock& theirs = block(rank);
     const auto& word = in_call_ ? line_of(theirs).words[0] : theirs.phase;
     return word.load(std::memory_order_acquire);
   }
   // Where the call that is open is announced.
-  const CallLine& line_of(const ControlBlock& block) const {
+  CallLine& line_of(ControlBlock& block) const {
     return call_.sequence == 0 ? block.joins[generation_ % 2] : block.calls[call_.sequence % 2];
   }
   bool arrived(int rank) const { return seen(rank) >= expected_; }
@@ -124,10 +124,10 @@ class Rendezvous {
   void await_slowly(int peer, bool alone, const std::function<bool()>& done);
   bool spin(const std::function<bool()>& done) const;
   void sleep_until(int peer, bool alone, const std::function<bool()>& done);
-  // Throws CommError if `peer`, whose message we wait for, or a rank of any meeting, has left or
-  // died before it arrived; or if it waits for us in a collective.
+  // Throws CommError if `peer`, whose message we wait for, will not send it, or not in time.
   void check_peer(int peer, Clock::time_point now, bool look_at_process,
                   const std::function<bool()>& has_arrived);
+  // Throws CommError if the rank has left or died before it arrived.
   void check_gone(int rank, bool look_at_process, const std::function<bool()>& has_arrived);
   // Throws CommError if the job was aborted or another rank ended the group.
   void check_ended();

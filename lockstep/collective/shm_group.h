@@ -235,6 +235,14 @@ class ShmGroup final : public Group {
   }
   // The ranks' slices of `data`, in bytes.
   std::vector<std::span<std::byte>> slices_of(std::span<std::byte> data, Dtype dtype) const;
+  // Of the ranks' data, one virtual rank a rank.
+  ReduceJob job_of(Dtype dtype, Reduction reduction) const {
+    return {.plan = own_tree_.plan,
+            .dtype = dtype,
+            .reduction = reduction,
+            .round_once = true,
+            .slot_bytes = 0};
+  }
   // The plan's steps after the first meeting, which the announcement was. `results`: where what
   // this rank combines goes.
   void execute(const Plan& plan, const ReduceJob& job, const Inputs& slots, const Pointers& results,

@@ -7,11 +7,7 @@ void ShmGroup::reduce(std::span<std::byte> data, Dtype dtype, Reduction reductio
                       const CallOptions& options) {
   const std::uint64_t count = count_elements(data, dtype, Operation::reduce);
   check_root(root, size_, Operation::reduce);
-  const ReduceJob job{.plan = own_tree_.plan,
-                      .dtype = dtype,
-                      .reduction = reduction,
-                      .round_once = true,
-                      .slot_bytes = 0};
+  const ReduceJob job = job_of(dtype, reduction);
   const Call call{.operation = Operation::reduce,
                   .dtype = dtype,
                   .reduction = reduction,
@@ -40,11 +36,7 @@ void ShmGroup::reduce_scatter(std::span<const std::byte> input, std::span<std::b
                               Dtype dtype, Reduction reduction, const CallOptions& options) {
   const std::uint64_t count = count_elements(output, dtype, Operation::reduce_scatter);
   check_parts(output, input, size_, -1, Operation::reduce_scatter);
-  const ReduceJob job{.plan = own_tree_.plan,
-                      .dtype = dtype,
-                      .reduction = reduction,
-                      .round_once = true,
-                      .slot_bytes = 0};
+  const ReduceJob job = job_of(dtype, reduction);
   const Call call{.operation = Operation::reduce_scatter,
                   .dtype = dtype,
                   .reduction = reduction,

@@ -39,11 +39,7 @@ void ShmGroup::execute(const Plan& plan, const ReduceJob& job, const Inputs& slo
 void ShmGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction,
                           const CallOptions& options) {
   const std::uint64_t count = count_elements(data, dtype, Operation::all_reduce);
-  const ReduceJob job{.plan = own_tree_.plan,
-                      .dtype = dtype,
-                      .reduction = reduction,
-                      .round_once = true,
-                      .slot_bytes = 0};
+  const ReduceJob job = job_of(dtype, reduction);
   Call call{.operation = Operation::all_reduce, .dtype = dtype, .reduction = reduction};
   call.count = count;
   results_.assign(1, data.data());

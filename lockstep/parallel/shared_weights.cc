@@ -45,17 +45,13 @@ NonFiniteError::NonFiniteError(std::uint64_t step, const std::string& what)
 void SharedWeights::State::copy_buffers_home(std::uint64_t step) {
   const auto weights = std::as_writable_bytes(shared->weights());
   copy_into(committed_buffers(weights), buffers, float_buffers);
-  const auto home = shared->buffers(step);
   for (std::size_t i = 0; i < integers.entries.size(); ++i)
-    copy_bytes(home.subspan(integers.entries[i].offset, integers.entries[i].count),
-               bytes_of(parts.integer_buffers[i].tensor));
+    copy_bytes(integer_home(step, i), bytes_of(parts.integer_buffers[i].tensor));
 }
 
 void SharedWeights::State::refresh_integers() {
-  const auto home = shared->buffers(last.step);
   for (std::size_t i = 0; i < integers.entries.size(); ++i)
-    copy_bytes(bytes_of(committed_integers[i]),
-               home.subspan(integers.entries[i].offset, integers.entries[i].count));
+    copy_bytes(bytes_of(committed_integers[i]), integer_home(last.step, i));
 }
 
 void SharedWeights::State::restore_buffers() {
@@ -71,15 +67,20 @@ void SharedWeights::State::restore_buffers() {
 // After a forward: buffers that are no numbers to average, a counter of batches, have the same
 // values on all virtual ranks. Those of rank 0 are the step's.
 void SharedWeights::State::keep_integers() {
-  const auto home = shared->buffers(last.step + 1);
   std::uint64_t digest = 0;
   for (std::size_t i = 0; i < integers.entries.size(); ++i) {
     const auto live = bytes_of(parts.integer_buffers[i].tensor);
     digest = digest_of(live, digest);
-    if (world.rank() == 0)
-      copy_bytes(home.subspan(integers.entries[i].offset, integers.entries[i].count), live);
+    if (world.rank() == 0) copy_bytes(integer_home(last.step + 1, i), live);
   }
   integers_digest = static_cast<double>(digest >> 12 | 1);
+}
+
+// The next backward writes what it can straight into this slot.
+void SharedWeights::State::bear_gradients_in(int index) {
+  if (direct_slot == index) return;
+  direct->set_places(std::as_writable_bytes(slot(index)).first(parameters.bytes()), parameters);
+  direct_slot = index;
 }
 
 // The gradients of a backward, and the buffers after it, into a slot.
@@ -93,10 +94,7 @@ void SharedWeights::State::accumulate(const Compute& compute) {
   std::ranges::fill(losses, VirtualLoss{});
   integers_digest = 0;
   for (const AccumulateStep& step : plan.steps) {
-    if (direct_slot != step.slot)
-      direct->set_places(std::as_writable_bytes(slot(step.slot)).first(parameters.bytes()),
-                         parameters);
-    direct_slot = step.slot;
+    bear_gradients_in(step.slot);
     restore_buffers();
     const VirtualLoss loss = compute(step.virtual_rank);
     losses[static_cast<std::size_t>(step.virtual_rank)] = loss;
@@ -150,11 +148,7 @@ SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
   s.place_contributions();
   s.refresh_integers();
   s.restore_buffers();
-  if (s.run().size() == 1 && s.plan.steps.size() == 1) {
-    s.direct->set_places(std::as_writable_bytes(s.slot(0)).first(s.parameters.bytes()),
-                         s.parameters);
-    s.direct_slot = 0;
-  }
+  if (s.run().size() == 1) s.bear_gradients_in(0);  // for contribute()
 }
 
 SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
@@ -200,9 +194,7 @@ StepOutcome SharedWeights::decide(bool measure) {
   const std::uint64_t next = s.last.step + 1;
   if (rank == 0 && s.integers_digest == 0)  // no samples: they stay
     for (std::size_t i = 0; i < s.integers.entries.size(); ++i)
-      copy_bytes(s.shared->buffers(next).subspan(s.integers.entries[i].offset,
-                                                 s.integers.entries[i].count),
-                 bytes_of(s.committed_integers[i]));
+      copy_bytes(s.integer_home(next, i), bytes_of(s.committed_integers[i]));
   double magnitude = 0;
   for (std::size_t i = 0; i < s.contributed; ++i)
     magnitude += max_magnitude(s.slot(static_cast<int>(i)));

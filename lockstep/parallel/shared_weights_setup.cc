@@ -184,14 +184,13 @@ std::vector<StateTensor> SharedWeights::State::state_tensors() const {
   for (const auto& entry : frozen.entries) add("model/" + entry.name, entry, frozen_bytes());
   for (const auto& entry : buffers.entries)
     add("buffer/" + entry.name, entry, committed_buffers(weights));
-  const auto home = shared->buffers(last.step);
   for (std::size_t i = 0; i < integers.entries.size(); ++i) {
     const at::Tensor& tensor = parts.integer_buffers[i].tensor;
     const std::optional<Dtype> dtype = dtype_from(tensor.scalar_type());
     // What no collective reduces is saved as bytes.
     tensors.push_back({"buffer/" + integers.entries[i].name, dtype.value_or(Dtype::uint8),
                        dtype ? tensor.sizes().vec() : integers.entries[i].shape,
-                       home.subspan(integers.entries[i].offset, integers.entries[i].count)});
+                       integer_home(last.step, i)});
   }
   return tensors;
 }

@@ -87,6 +87,10 @@ struct SharedWeights::State {
   std::span<std::byte> frozen_bytes() const {
     return memory.subspan(shared->layout().total_bytes(), frozen.bytes());
   }
+  // Of integer buffer `i` after `step`.
+  std::span<std::byte> integer_home(std::uint64_t step, std::size_t i) const {
+    return shared->buffers(step).subspan(integers.entries[i].offset, integers.entries[i].count);
+  }
   // Of the view or of the memory itself, from the weights on.
   std::span<std::byte> committed_buffers(std::span<std::byte> weights) const {
     return weights.subspan(parameters.bytes(), buffers.bytes());
@@ -99,6 +103,7 @@ struct SharedWeights::State {
   void refresh_integers();
   void restore_buffers();
   void keep_integers();
+  void bear_gradients_in(int index);
   void collect(int index);
   void accumulate(const Compute& compute);
   void check_numbers(const RankNumbers& ranks);

@@ -8,62 +8,20 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/sgd.h>
-#include <unistd.h>
 
 #include <functional>
 #include <limits>
-#include <thread>
 
-#include "lockstep/memory/segment.h"
+#include "lockstep/parallel/replicas.h"
 
 namespace lockstep {
 namespace {
 
 using ::testing::HasSubstr;
-using Body = std::function<void(const World&)>;
-
-void run_ranks(int size, const Body& body) {
-  const auto segment = Segment::create({.ranks = size, .arena_bytes = 64 << 20});
-  std::vector<std::exception_ptr> errors(static_cast<std::size_t>(size));
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < size; ++rank)
-    threads.emplace_back([&, rank] {
-      try {
-        body(init_from({.launcher = Launcher::lockstep,
-                        .rank = rank,
-                        .size = size,
-                        .local_rank = rank,
-                        .local_size = size,
-                        .segment_fd = ::dup(segment->fd()),
-                        .job_id = "test"},
-                       {.timeout = std::chrono::seconds(60)}));
-      } catch (...) {
-        errors[static_cast<std::size_t>(rank)] = std::current_exception();
-      }
-    });
-  for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& error : errors)
-    if (error) std::rethrow_exception(error);
-}
-
-template <typename Exception>
-std::string message_of(const std::function<void()>& attempt) {
-  try {
-    attempt();
-  } catch (const Exception& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
-at::Tensor numbers(at::IntArrayRef shape, int seed) {
-  const at::Tensor positions = at::arange(1, c10::multiply_integers(shape) + 1, at::kDouble);
-  return (positions * (12.9898 + seed)).sin().mul(43758.5453).frac().to(at::kFloat).reshape(shape);
-}
 
 // Wide enough that a gradient is written straight into its place.
-struct NetImpl : torch::nn::Module {
-  explicit NetImpl(int seed) {
+struct WideNetImpl : torch::nn::Module {
+  explicit WideNetImpl(int seed) {
     first = register_module("first", torch::nn::Linear(130, 140));
     norm = register_module("norm", torch::nn::BatchNorm1d(140));
     second = register_module("second", torch::nn::Linear(140, 3));
@@ -74,11 +32,11 @@ struct NetImpl : torch::nn::Module {
   torch::nn::Linear first{nullptr}, second{nullptr};
   torch::nn::BatchNorm1d norm{nullptr};
 };
-TORCH_MODULE(Net);
+TORCH_MODULE(WideNet);
 
 constexpr int kVirtualRanks = 4, kSteps = 5;
 
-at::Tensor loss_of(Net& net, int step, int virtual_rank) {
+at::Tensor loss_of(WideNet& net, int step, int virtual_rank) {
   const at::Tensor input = numbers({6, 130}, 100 * step + virtual_rank);
   const at::Tensor target = numbers({6, 3}, 1000 + 100 * step + virtual_rank);
   return at::mse_loss(net->forward(input), target, at::Reduction::Sum);
@@ -86,7 +44,7 @@ at::Tensor loss_of(Net& net, int step, int virtual_rank) {
 
 // Everything that training has made of `net` after some steps.
 std::vector<at::Tensor> values_after(const World& world, const std::vector<ParameterGroup>& groups,
-                                     Net& net, double clip_grad_norm, int skipped_rank = -1) {
+                                     WideNet& net, double clip_grad_norm, int skipped_rank = -1) {
   SharedWeights weights(*net, world, groups,
                         {.virtual_ranks = kVirtualRanks, .clip_grad_norm = clip_grad_norm});
   for (int step = 0; step < kSteps; ++step) {
@@ -108,7 +66,7 @@ std::vector<at::Tensor> values_after(const World& world, const std::vector<Param
   return values;
 }
 
-std::vector<ParameterGroup> groups_of(Net& net, const OptimizerOptions& optimizer) {
+std::vector<ParameterGroup> groups_of(WideNet& net, const OptimizerOptions& optimizer) {
   OptimizerOptions other = optimizer;
   other.lr *= 3;
   return {{net->first->parameters(), optimizer},
@@ -126,7 +84,7 @@ TEST(SharedWeights, TheSameBitsOnAnyNumberOfRanks) {
     std::vector<at::Tensor> expected;
     for (int size = 1; size <= kVirtualRanks; ++size)
       run_ranks(size, [&](const World& world) {
-        Net net(world.rank());  // rank 0's values count
+        WideNet net(world.rank());  // rank 0's values count
         const auto values = values_after(world, groups_of(net, optimizers[i]), net, clip, skipped);
         if (world.size() == 1) expected = values;
         ASSERT_EQ(values.size(), expected.size());
@@ -140,7 +98,7 @@ TEST(SharedWeights, TheSameBitsOnAnyNumberOfRanks) {
 
 // What a user writes, against one process with torch::optim and the whole batch.
 TEST(SharedWeights, TrainAsOneProcessDoes) {
-  Net alone(0);
+  WideNet alone(0);
   torch::optim::Adam optimizer(alone->parameters(), torch::optim::AdamOptions(1e-2));
   alone->eval();  // batch statistics of halves are not those of the whole
   for (int step = 0; step < kSteps; ++step) {
@@ -149,7 +107,7 @@ TEST(SharedWeights, TrainAsOneProcessDoes) {
     optimizer.step();
   }
   run_ranks(2, [&](const World& world) {
-    Net net(world.rank());
+    WideNet net(world.rank());
     auto model = shared_weights(net, Adam{.lr = 1e-2}, world);
     net->eval();
     for (int step = 0; step < kSteps; ++step) {
@@ -181,10 +139,10 @@ TEST(SharedWeights, AWeightSaysWhatARankCountsFor) {
 
 TEST(SharedWeights, AccumulateOverBackwards) {
   run_ranks(2, [&](const World& world) {
-    Net net(0), twice(0);
+    WideNet net(0), twice(0);
     auto model = shared_weights(net, SGD{.lr = 0.1}, world);
     torch::optim::SGD optimizer(twice->parameters(), torch::optim::SGDOptions(0.1));
-    for (Net& one : {std::ref(net), std::ref(twice)}) {
+    for (WideNet& one : {std::ref(net), std::ref(twice)}) {
       one->eval();
       loss_of(one, 0, 0).backward();
       loss_of(one, 1, 0).backward();
@@ -198,7 +156,7 @@ TEST(SharedWeights, AccumulateOverBackwards) {
 TEST(SharedWeights, OneCopyWhateverTheNumberOfRanks) {
   for (const int size : {1, 2, 4})
     run_ranks(size, [&](const World& world) {
-      Net net(0);
+      WideNet net(0);
       const SharedWeights weights(*net, world, Adam{});
       const std::size_t count = weights.parameter_count();
       EXPECT_GT(weights.shared_bytes(), 3 * count * sizeof(float));
@@ -208,7 +166,7 @@ TEST(SharedWeights, OneCopyWhateverTheNumberOfRanks) {
 
 TEST(SharedWeights, WhatIsNotFiniteChangesNothing) {
   run_ranks(2, [&](const World& world) {
-    Net net(0);
+    WideNet net(0);
     SharedWeights weights(*net, world, Adam{});
     const at::Tensor before = net->first->weight.clone();
     const auto step = [&](float factor) {
@@ -241,7 +199,7 @@ TEST(SharedWeights, RanksWithOtherLearningRatesAreTold) {
 
 TEST(SharedWeights, RefusalsNameTheParameter) {
   const World world = init_from({}, {});
-  Net net(0);
+  WideNet net(0);
   EXPECT_THAT(
       message_of<ConfigError>([&] {
         SharedWeights(*net, world, std::vector<ParameterGroup>{{net->first->parameters(), Adam{}}});
@@ -265,20 +223,20 @@ TEST(SharedWeights, RefusalsNameTheParameter) {
 
 TEST(SharedWeights, FrozenParametersAreSharedAndStay) {
   run_ranks(2, [&](const World& world) {
-    Net net(world.rank());
+    WideNet net(world.rank());
     net->first->weight.requires_grad_(false);
     auto model = shared_weights(net, Adam{}, world);
-    EXPECT_TRUE(at::equal(net->first->weight, Net(0)->first->weight));
+    EXPECT_TRUE(at::equal(net->first->weight, WideNet(0)->first->weight));
     loss_of(net, 0, world.rank()).backward();
     model.step();
-    EXPECT_TRUE(at::equal(net->first->weight, Net(0)->first->weight));
-    EXPECT_FALSE(at::equal(net->second->weight, Net(0)->second->weight));
+    EXPECT_TRUE(at::equal(net->first->weight, WideNet(0)->first->weight));
+    EXPECT_FALSE(at::equal(net->second->weight, WideNet(0)->second->weight));
   });
 }
 
 TEST(SharedWeights, GoOnFromARestoredState) {
   run_ranks(2, [&](const World& world) {
-    const auto steps = [&](SharedWeights& weights, Net& net, int first, int last) {
+    const auto steps = [&](SharedWeights& weights, WideNet& net, int first, int last) {
       for (int step = first; step < last; ++step) {
         weights.compute([&](int virtual_rank) -> VirtualLoss {
           const at::Tensor loss = loss_of(net, step, virtual_rank);
@@ -289,7 +247,7 @@ TEST(SharedWeights, GoOnFromARestoredState) {
         weights.update();
       }
     };
-    Net unbroken(0), first(0), second(5);
+    WideNet unbroken(0), first(0), second(5);
     SharedWeights whole(*unbroken, world, Adam{});
     steps(whole, unbroken, 0, 4);
     SharedWeights before(*first, world, Adam{});
@@ -315,7 +273,7 @@ TEST(SharedWeightsDeath, AStrayWriteIsNamed) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_DEATH(
       {
-        Net net(0);
+        WideNet net(0);
         const SharedWeights weights(*net, init_from({}, {}), Adam{});
         const at::NoGradGuard no_grad;
         net->second->weight.fill_(1);
@@ -324,7 +282,7 @@ TEST(SharedWeightsDeath, AStrayWriteIsNamed) {
 }
 
 TEST(SharedWeights, TheModuleGoesOnAlone) {
-  Net net(0);
+  WideNet net(0);
   { const SharedWeights weights(*net, init_from({}, {}), Adam{}); }
   const at::NoGradGuard no_grad;
   net->second->weight.fill_(1);
