@@ -37,7 +37,7 @@ void may_refuse(Action action) {
 
 void look_at_everything(const std::shared_ptr<Segment>& segment) {
   segment->abort_reason();
-  for (int rank = 0; rank < segment->ranks(); ++rank) {
+  for (int rank = 0; rank < segment->seats(); ++rank) {
     for (const auto& operation : lockstep::recorded_operations(*segment, rank)) {
       LOCKSTEP_CHECK(operation.call.tag.view().size() <= 32 && operation.group.size() <= 16);
       operation.bytes();
@@ -71,7 +71,7 @@ void attach(const Segment& genuine, std::span<const std::uint8_t> input) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  const auto make = [] { return Segment::create({.ranks = kRanks, .arena_bytes = 8 << 20}); };
+  const auto make = [] { return Segment::create({.seats = kRanks, .arena_bytes = 8 << 20}); };
   static const std::shared_ptr<Segment> genuine = make();
   const std::span input(data, size);
   attach(*genuine, input);

@@ -125,7 +125,7 @@ TEST(Agent, GivesTorchrunsEnvironment) {
 TEST(Agent, PassesTheSegmentOn) {
   AgentOptions options =
       shell(1, "echo $LOCKSTEP_LAUNCHER; readlink /proc/self/fd/$LOCKSTEP_SEGMENT_FD");
-  options.segment = Segment::create({.ranks = 1, .arena_bytes = 1 << 20});
+  options.segment = Segment::create({.seats = 1, .arena_bytes = 1 << 20});
   const Watched watched = watch(options);
   ASSERT_TRUE(watched.result.ok);
   EXPECT_THAT(watched.output(0), ElementsAre("lockstep", HasSubstr("memfd:")));
@@ -136,7 +136,7 @@ TEST(Agent, AnExitCodeEndsTheJob) {
       shell(2,
             "[ $RANK = 0 ] && exec sleep 1000; for i in 1 2 3 4 5 6 7 8 9 10 11 12; do "
             "echo word $i >&2; done; exit 3");
-  options.segment = Segment::create({.ranks = 2, .arena_bytes = 1 << 20});
+  options.segment = Segment::create({.seats = 2, .arena_bytes = 1 << 20});
   const Watched watched = watch(options);
   EXPECT_FALSE(watched.result.ok);
   ASSERT_TRUE(watched.result.failure);

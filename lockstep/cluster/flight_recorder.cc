@@ -53,14 +53,14 @@ std::string last_operation(Segment& segment, int rank, std::int64_t now_ns) {
 }  // namespace
 
 bool has_flight_record(Segment& segment) {
-  for (int rank = 0; rank < segment.ranks(); ++rank)
+  for (int rank = 0; rank < segment.seats(); ++rank)
     if (segment.recorder(rank).opened.load() != 0) return true;
   return false;
 }
 
 nlohmann::json flight_record(Segment& segment) {
   nlohmann::json ranks = nlohmann::json::array();
-  for (int rank = 0; rank < segment.ranks(); ++rank) {
+  for (int rank = 0; rank < segment.seats(); ++rank) {
     nlohmann::json operations = nlohmann::json::array();
     for (const RecordedOperation& operation : recorded_operations(segment, rank))
       operations.push_back(json_of(operation));
@@ -77,7 +77,7 @@ nlohmann::json flight_record(Segment& segment) {
 std::string last_operations(Segment& segment) {
   const std::int64_t now_ns = nanoseconds_of(Clock::now());
   std::string text;
-  for (int rank = 0; rank < segment.ranks(); ++rank) {
+  for (int rank = 0; rank < segment.seats(); ++rank) {
     const ControlBlock& block = segment.control(rank);
     text += fmt::format("{}rank {} (pid {}, {}): {}", rank == 0 ? "" : "\n", rank, block.pid.load(),
                         process_text(block), last_operation(segment, rank, now_ns));

@@ -200,7 +200,7 @@ SharedSegment make_and_pass(const Place& place, const Deadline& deadline) {
   };
   try {
     gather(shared.name.get(), place, deadline, peers);
-    shared.segment = Segment::create({.ranks = place.local_size});
+    shared.segment = Segment::create({.seats = place.local_size});
   } catch (const Error& error) {
     answer_all(error.what(), -1);
     throw;
@@ -237,9 +237,9 @@ SharedSegment receive(const Place& place, const Deadline& deadline) {
 SharedSegment exchange_segment(const Place& place, const Deadline& deadline) {
   SharedSegment shared =
       place.local_rank == 0 ? make_and_pass(place, deadline) : receive(place, deadline);
-  if (shared.segment->ranks() != place.local_size)
+  if (shared.segment->seats() != place.local_size)
     throw CommError(fmt::format("cannot join the job: its segment is for {} ranks, not {}",
-                                shared.segment->ranks(), place.local_size));
+                                shared.segment->seats(), place.local_size));
   return shared;
 }
 

@@ -192,7 +192,7 @@ void RankTrace::complain(const char* reason) {
 }
 
 bool RankTrace::is_last() const {
-  for (int rank = 0; rank < segment_->ranks(); ++rank) {
+  for (int rank = 0; rank < segment_->seats(); ++rank) {
     const UniqueFd other(::open(part_of(trace_, rank).c_str(), O_RDONLY | O_CLOEXEC));
     if (other && ::flock(other.get(), LOCK_EX | LOCK_NB) != 0) return false;
   }
@@ -222,10 +222,10 @@ void write_trace(Segment& segment, const fs::path& trace) {
                                   .count();
   try {
     TraceFile file(trace);
-    for (int rank = 0; rank < segment.ranks(); ++rank)
+    for (int rank = 0; rank < segment.seats(); ++rank)
       add_rank(file, segment, rank, part_of(trace, rank), now_ns);
     file.finish();
-    for (int rank = 0; rank < segment.ranks(); ++rank) fs::remove(part_of(trace, rank));
+    for (int rank = 0; rank < segment.seats(); ++rank) fs::remove(part_of(trace, rank));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "lockstep: no trace: %s\n", error.what());
   }

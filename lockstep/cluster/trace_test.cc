@@ -99,7 +99,7 @@ TEST_F(TraceTest, APlaceThatCannotBeWrittenIsRefused) {
 // The agent's way: ranks only leave their parts; one is killed in the middle of an operation.
 TEST_F(TraceTest, AKilledRankIsThereToTheEnd) {
   if (kThreadSanitizer) GTEST_SKIP() << "a forked rank; see ranks.h";
-  const auto segment = Segment::create({.ranks = 2, .arena_bytes = 16 << 20});
+  const auto segment = Segment::create({.seats = 2, .arena_bytes = 16 << 20});
   const pid_t child = ::fork();
   ASSERT_GE(child, 0);
   if (child == 0) {

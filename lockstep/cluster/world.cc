@@ -74,11 +74,11 @@ World init_from(const Place& place, const InitOptions& options) {
   state->place = place;
   if (place.segment_fd >= 0) {
     state->segment = Segment::attach(inherited(place.segment_fd, "LOCKSTEP_SEGMENT_FD"));
-    if (state->segment->ranks() != place.local_size)
+    if (state->segment->seats() != place.local_size)
       throw ConfigError(
           fmt::format("environment: the segment LOCKSTEP_SEGMENT_FD={} is for {} "
                       "ranks, not {}",
-                      place.segment_fd, state->segment->ranks(), place.local_size));
+                      place.segment_fd, state->segment->seats(), place.local_size));
   } else if (place.local_size > 1) {
     SharedSegment shared = exchange_segment(place, deadline);
     state->segment = std::move(shared.segment);
@@ -91,7 +91,7 @@ World init_from(const Place& place, const InitOptions& options) {
   GroupOptions group{.generation = place.generation, .timeout = options.timeout};
   if (!place.trace.empty()) {
     // A group of one leaves no records: traced, it is one of several that happens to be alone.
-    if (!state->segment) state->segment = Segment::create({.ranks = 1});
+    if (!state->segment) state->segment = Segment::create({.seats = 1});
     const auto trace = std::make_shared<RankTrace>(state->segment, place.local_rank, place.trace,
                                                    /*merges=*/place.event_fd < 0);
     group.on_records = [trace] { trace->copy_records(); };

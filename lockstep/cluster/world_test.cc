@@ -91,7 +91,7 @@ TEST(World, RefusesDescriptorsThatAreNone) {
 
 TEST(World, RefusesASegmentForOtherRanks) {
   Place mine{.launcher = Launcher::lockstep};
-  mine.segment_fd = ::dup(Segment::create({.ranks = 2, .arena_bytes = 1 << 20})->fd());
+  mine.segment_fd = ::dup(Segment::create({.seats = 2, .arena_bytes = 1 << 20})->fd());
   EXPECT_THAT(refusal([&] { init_from(mine, {}); }), HasSubstr("is for 2 ranks, not 1"));
 }
 

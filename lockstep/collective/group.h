@@ -134,10 +134,10 @@ struct GroupOptions {
   // Called from inside every 512th operation: a tracer must read the flight recorder now, before it
   // is overwritten. Not for a group of one.
   std::function<void()> on_records = {};
+  std::vector<int> seats = {};  // of the members, by rank; none: everybody in the segment
 };
 std::unique_ptr<Group> make_solo_group(const GroupOptions& options = {});
-// Ranks of one node over a segment made for exactly `segment->ranks()` ranks. Waits until all have
-// joined, with a deadline.
+// Ranks of one node over a segment. Waits until all have joined, with a deadline.
 std::unique_ptr<Group> make_shm_group(std::shared_ptr<Segment> segment, int rank,
                                       const GroupOptions& options = {});
 

@@ -45,7 +45,7 @@ std::string error_of(Function&& function) {
 }
 
 inline std::shared_ptr<Segment> make_segment(int ranks, std::uint64_t arena_bytes = 256 << 20) {
-  return Segment::create({.ranks = ranks, .arena_bytes = arena_bytes});
+  return Segment::create({.seats = ranks, .arena_bytes = arena_bytes});
 }
 
 // body(rank) on a thread for each rank; an exception that escapes is a failure of the test.

@@ -72,12 +72,13 @@ void publish(CallLine& line, const CallWords& words) {
 
 }  // namespace
 
-Members all_members(std::shared_ptr<Segment> segment) {
+Members all_members(std::shared_ptr<Segment> segment, std::span<const int> seats) {
   Members members;
-  for (int rank = 0; rank < segment->ranks(); ++rank) {
-    members.node_ranks.push_back(rank);
-    members.blocks.push_back(&segment->control(rank));
-  }
+  members.node_ranks.assign(seats.begin(), seats.end());
+  for (int seat = 0; seats.empty() && seat < segment->seats(); ++seat)
+    members.node_ranks.push_back(seat);
+  for (const int seat : members.node_ranks) members.blocks.push_back(&segment->control(seat));
+  members.crowd = members.node_ranks;
   members.failed = &segment->failed_word();
   members.segment = std::move(segment);
   return members;
@@ -89,7 +90,7 @@ Rendezvous::Rendezvous(Members members, int rank, const GroupOptions& options)
       size_(static_cast<int>(members_.blocks.size())),
       generation_(options.generation),
       timeout_(options.timeout),
-      may_spin_(members_.segment->ranks() <= number_of(usable_cores())),
+      may_spin_(static_cast<int>(members_.crowd.size()) <= number_of(usable_cores())),
       phase_(options.generation << kGenerationShift),
       messages_(size_),
       made_(Clock::now()),
@@ -123,15 +124,14 @@ Rendezvous::~Rendezvous() {
 }
 
 void Rendezvous::agree_on_waiting() {
-  Segment& segment = *members_.segment;
   Cores all{};
   sleepers_fence_ = true;
-  for (int rank = 0; rank < segment.ranks(); ++rank) {
-    const ControlBlock& theirs = segment.control(rank);
+  for (const int seat : members_.crowd) {
+    const ControlBlock& theirs = members_.segment->control(seat);
     for (std::size_t i = 0; i < all.size(); ++i) all[i] |= theirs.cores[i].load();
     sleepers_fence_ &= theirs.expedites.load() != 0;
   }
-  may_spin_ = segment.ranks() <= number_of(all);
+  may_spin_ = static_cast<int>(members_.crowd.size()) <= number_of(all);
   sleepers_fence_ &= may_spin_;  // else nearly everybody sleeps, and a fence is cheaper
 }
 

@@ -34,12 +34,14 @@ namespace lockstep {
 // a sub-group has others, elsewhere in the segment.
 struct Members {
   std::shared_ptr<Segment> segment;
-  std::vector<int> node_ranks;         // whose arena and whose bell: places in the segment
+  std::vector<int> node_ranks;         // whose arena and whose bell: seats in the segment
+  std::vector<int> crowd;              // the seats of all who want a core, other groups' too
   std::vector<ControlBlock*> blocks;   // a sub-group's own
   std::atomic<std::uint64_t>* failed;  // as Segment::failed_word()
   std::string name;                    // for messages; "" for the group of all
 };
-Members all_members(std::shared_ptr<Segment> segment);
+// The group of all: who sits there, in the order of their ranks. None: everybody.
+Members all_members(std::shared_ptr<Segment> segment, std::span<const int> seats = {});
 
 class Rendezvous {
  public:
@@ -64,6 +66,7 @@ class Rendezvous {
   void meet();
   void end(std::uint64_t bytes);
   bool may_spin() const { return may_spin_; }
+  const std::vector<int>& crowd() const { return members_.crowd; }
   // A rank's copy of operation `sequence`'s input.
   std::byte* input_of(int rank, std::uint64_t sequence) const {
     return block(rank).inputs[sequence % 2].bytes;

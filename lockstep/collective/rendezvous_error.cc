@@ -10,6 +10,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/collective/process_state.h"
 #include "lockstep/collective/rendezvous.h"
+#include "lockstep/memory/generation_board.h"
 
 namespace lockstep {
 namespace {
@@ -37,6 +38,11 @@ void Rendezvous::check_ended() {
   if (members_.segment->abort_word().load() != 0)
     end_with(fmt::format("{}: the job was aborted: {}", operation_text(),
                          members_.segment->abort_reason()));
+  if (generations_over(*members_.segment) > generation_) {
+    const auto newest = newest_generation(*members_.segment);
+    end_with(fmt::format("{}: generation {} is over: {}", operation_text(), generation_,
+                         newest ? newest->reason : ""));
+  }
   const std::uint64_t failed = members_.failed->load();
   const std::uint64_t generation = failed >> kFailedRankBits;
   const int rank = static_cast<int>(failed & ((1 << kFailedRankBits) - 1));

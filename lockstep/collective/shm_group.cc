@@ -83,7 +83,12 @@ std::unique_ptr<Group> ShmGroup::split(int color, int key, const CallOptions& op
                   .own = static_cast<std::uint64_t>(static_cast<std::uint32_t>(color)) << 32 |
                          static_cast<std::uint32_t>(key)};
   std::vector<Member> chosen;
-  Members members{.segment = segment_, .node_ranks = {}, .blocks = {}, .failed = {}, .name = {}};
+  Members members{.segment = segment_,
+                  .node_ranks = {},
+                  .crowd = meeting_.crowd(),
+                  .blocks = {},
+                  .failed = {},
+                  .name = {}};
   run(call, options, 0, [&](const auto& calls) {
     for (int rank = 0; rank < size_; ++rank) {
       const std::uint64_t own_word = calls[rank][kOwnWord];
@@ -112,10 +117,11 @@ std::unique_ptr<Group> ShmGroup::split(int color, int key, const CallOptions& op
 
 std::unique_ptr<Group> make_shm_group(std::shared_ptr<Segment> segment, int rank,
                                       const GroupOptions& options) {
-  const int ranks = segment->ranks();
-  if (rank < 0 || rank >= ranks)
-    throw ConfigError(fmt::format("rank {} in a segment for {} ranks", rank, ranks));
-  return std::make_unique<ShmGroup>(all_members(std::move(segment)), rank, options);
+  Members members = all_members(std::move(segment), options.seats);
+  const std::size_t ranks = members.blocks.size();
+  if (rank < 0 || rank >= static_cast<int>(ranks))
+    throw ConfigError(fmt::format("rank {} in a group of {} ranks", rank, ranks));
+  return std::make_unique<ShmGroup>(std::move(members), rank, options);
 }
 
 }  // namespace lockstep

@@ -21,9 +21,9 @@ using Errors = std::vector<std::string>;
 
 // The error of body(group) by rank.
 Errors errors_of(const std::shared_ptr<Segment>& segment, std::function<void(Group&)> body) {
-  Errors errors(segment->ranks());
-  std::barrier over(segment->ranks());  // nobody leaves while another is still in a call
-  run_threads(segment->ranks(), [&](int rank) {
+  Errors errors(segment->seats());
+  std::barrier over(segment->seats());  // nobody leaves while another is still in a call
+  run_threads(segment->seats(), [&](int rank) {
     auto group = make_shm_group(segment, rank, {.timeout = kTestTimeout});
     errors[rank] = error_of([&] { body(*group); });
     over.arrive_and_wait();

@@ -225,7 +225,7 @@ TEST(ShmJoinTest, NobodyJoinsAGenerationTwice) {
                 HasSubstr("rank 0 cannot join generation " + std::to_string(generation) +
                           ": it already took part in generation 3"));
   EXPECT_THAT(error_of([&] { make_shm_group(threads.segment, 2, {}); }),
-              HasSubstr("rank 2 in a segment for 2 ranks"));
+              HasSubstr("rank 2 in a group of 2 ranks"));
   EXPECT_THAT(error_of([&] { make_shm_group(threads.segment, 0, {.generation = 1 << 16}); }),
               HasSubstr("too large"));
 }

@@ -73,6 +73,7 @@ struct alignas(64) ControlBlock {
   std::atomic<std::uint64_t> process_start;  // in clock ticks since boot: tells a reused pid
   std::atomic<std::uint64_t> arena_used;     // from the arena's beginning
   std::atomic<std::uint64_t> arena_lasting;  // from its end: what is never given back
+  std::atomic<std::uint64_t> progress;       // grows while its worker gets on with its work
   std::array<std::atomic<std::uint64_t>, 16> cores;  // those that it may run on, a bit each
 
   // A message to or from one other rank, while this rank is in such a call.

@@ -12,7 +12,7 @@ namespace {
 
 struct ReadOnlyTest : ::testing::Test {
   const std::size_t page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  std::shared_ptr<Segment> segment = Segment::create({.ranks = 1, .arena_bytes = 8 << 20});
+  std::shared_ptr<Segment> segment = Segment::create({.seats = 1, .arena_bytes = 8 << 20});
   std::span<std::byte> memory = segment->allocate(0, 3 * page, "memory");
   ReadOnlyView view{segment, memory, {{"'a'", 0}, {"'b'", 4000}}, "shared weights", "edit_weights"};
 };

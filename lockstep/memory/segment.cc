@@ -16,12 +16,13 @@
 #include "lockstep/memory/available_memory.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/flight_recorder.h"
+#include "lockstep/memory/generation_board.h"
 
 namespace lockstep {
 namespace {
 
 constexpr std::uint64_t kMagic = 0x6d67657370657473;  // "stepsegm"
-constexpr std::uint32_t kLayoutVersion = 2;
+constexpr std::uint32_t kLayoutVersion = 3;
 constexpr std::uint64_t kAlignment = 64;
 constexpr std::uint64_t kArenaAlignment = 2 << 20;  // a huge page
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
@@ -34,7 +35,7 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t multiple) {
 struct Preamble {
   std::uint64_t magic = kMagic;
   std::uint32_t layout_version = kLayoutVersion;
-  std::uint32_t ranks = 0;
+  std::uint32_t seats = 0;
   std::uint64_t arena_bytes = 0;
   std::uint64_t total_bytes = 0;
   std::uint64_t control_block_bytes = sizeof(ControlBlock);
@@ -46,31 +47,35 @@ struct Header {
   std::atomic<std::uint32_t> abort_claimed;
   std::atomic<std::uint64_t> failed_word;
   SharedText<1000> abort_reason;
+  // Of the node's arena, as in ControlBlock.
+  std::atomic<std::uint64_t> arena_used;
+  std::atomic<std::uint64_t> arena_lasting;
+  GenerationBoard board;
 };
 
 // Everything's place follows from two numbers; no offset is ever read from the segment.
 struct Layout {
-  std::uint64_t ranks = 0;
+  std::uint64_t seats = 0;
   std::uint64_t arena_bytes = 0;  // a multiple of kArenaAlignment
   std::uint64_t control_offset() const { return round_up(sizeof(Header), kAlignment); }
   std::uint64_t recorders_offset() const {
-    return round_up(control_offset() + ranks * sizeof(ControlBlock), kAlignment);
+    return round_up(control_offset() + seats * sizeof(ControlBlock), kAlignment);
   }
   std::uint64_t arenas_offset() const {
-    return round_up(recorders_offset() + ranks * sizeof(FlightRecorder), kArenaAlignment);
+    return round_up(recorders_offset() + seats * sizeof(FlightRecorder), kArenaAlignment);
   }
-  std::uint64_t arena_offset(std::uint64_t rank) const {
-    return arenas_offset() + rank * arena_bytes;
+  std::uint64_t arena_offset(std::uint64_t arena) const {
+    return arenas_offset() + arena * arena_bytes;
   }
-  std::uint64_t total_bytes() const { return arena_offset(ranks); }
+  std::uint64_t total_bytes() const { return arena_offset(seats + 1); }  // the node's is the last
 };
 
 // Nothing if the numbers are out of range.
-std::optional<Layout> checked_layout(std::uint64_t ranks, std::uint64_t arena_bytes) {
+std::optional<Layout> checked_layout(std::uint64_t seats, std::uint64_t arena_bytes) {
   constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 46;  // x86-64 maps no more than 2^47
-  if (ranks < 1 || ranks > kMaxLocalRanks || arena_bytes < 1 || arena_bytes > kMaxBytes / ranks)
+  if (seats < 1 || seats > kMaxSeats || arena_bytes < 1 || arena_bytes > kMaxBytes / (seats + 1))
     return std::nullopt;
-  return Layout{ranks, round_up(arena_bytes, kArenaAlignment)};
+  return Layout{seats, round_up(arena_bytes, kArenaAlignment)};
 }
 
 constexpr std::string_view kSegment = "the shared memory segment";
@@ -137,22 +142,21 @@ struct Segment::State {
   State& operator=(const State&) = delete;
 
   Header& header() const { return *reinterpret_cast<Header*>(base); }
-  std::byte* arena(int rank) const { return base + layout.arena_offset(rank); }
+  std::byte* arena(int number) const { return base + layout.arena_offset(number); }
 };
 
 Segment::Segment(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Segment::~Segment() = default;
 
 std::shared_ptr<Segment> Segment::create(const SegmentOptions& options) {
-  if (options.ranks < 1 || options.ranks > kMaxLocalRanks)
-    throw ConfigError(fmt::format("a segment for {} ranks is impossible", options.ranks),
-                      fmt::format("1 to {} workers on a node", kMaxLocalRanks));
-  const std::uint64_t arena_bytes =
-      options.arena_bytes != 0 ? options.arena_bytes : total_memory() / options.ranks;
-  const auto layout = checked_layout(options.ranks, arena_bytes);
+  if (options.seats < 1 || options.seats > kMaxSeats)
+    throw ConfigError(fmt::format("a segment for {} ranks is impossible", options.seats),
+                      fmt::format("1 to {} workers on a node", kMaxSeats));
+  const std::uint64_t arena_bytes = options.arena_bytes != 0 ? options.arena_bytes : total_memory();
+  const auto layout = checked_layout(options.seats, arena_bytes);
   if (!layout)
     throw ConfigError(fmt::format("an arena of {} for each of {} ranks is too large",
-                                  byte_text(arena_bytes), options.ranks));
+                                  byte_text(arena_bytes), options.seats));
   UniqueFd fd(::memfd_create("lockstep", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) throw Error("cannot create a shared memory segment: " + errno_text(errno));
   const std::uint64_t fixed_bytes = layout->arenas_offset();
@@ -164,7 +168,7 @@ std::shared_ptr<Segment> Segment::create(const SegmentOptions& options) {
     throw Error(fmt::format("cannot size a shared memory segment to {}: {}",
                             byte_text(layout->total_bytes()), errno_text(errno)));
   auto state = std::make_unique<State>(std::move(fd), *layout);
-  state->header().preamble = {.ranks = static_cast<std::uint32_t>(layout->ranks),
+  state->header().preamble = {.seats = static_cast<std::uint32_t>(layout->seats),
                               .arena_bytes = layout->arena_bytes,
                               .total_bytes = layout->total_bytes()};
   return std::shared_ptr<Segment>(new Segment(std::move(state)));
@@ -190,27 +194,29 @@ std::shared_ptr<Segment> Segment::attach(UniqueFd fd) {
         fmt::format("its layout is version {}, this program's is {}: both must be built "
                     "from the same release",
                     found.layout_version, kLayoutVersion));
-  const auto layout = checked_layout(found.ranks, found.arena_bytes);
+  const auto layout = checked_layout(found.seats, found.arena_bytes);
   if (!layout || layout->arena_bytes != found.arena_bytes)
     throw wrong(
-        fmt::format("it claims {} ranks with arenas of {} bytes", found.ranks, found.arena_bytes));
+        fmt::format("it claims {} seats with arenas of {} bytes", found.seats, found.arena_bytes));
   if (layout->total_bytes() != size || found.total_bytes != size)
     throw wrong(fmt::format("it has {} bytes, its header says {}", size, layout->total_bytes()));
   return std::shared_ptr<Segment>(new Segment(std::make_unique<State>(std::move(fd), *layout)));
 }
 
 int Segment::fd() const { return state_->fd.get(); }
-int Segment::ranks() const { return static_cast<int>(state_->layout.ranks); }
+int Segment::seats() const { return static_cast<int>(state_->layout.seats); }
 
-ControlBlock& Segment::control(int rank) {
-  LOCKSTEP_CHECK(rank >= 0 && rank < ranks());
-  return reinterpret_cast<ControlBlock*>(state_->base + state_->layout.control_offset())[rank];
+ControlBlock& Segment::control(int seat) {
+  LOCKSTEP_CHECK(seat >= 0 && seat < seats());
+  return reinterpret_cast<ControlBlock*>(state_->base + state_->layout.control_offset())[seat];
 }
 
-FlightRecorder& Segment::recorder(int rank) {
-  LOCKSTEP_CHECK(rank >= 0 && rank < ranks());
-  return reinterpret_cast<FlightRecorder*>(state_->base + state_->layout.recorders_offset())[rank];
+FlightRecorder& Segment::recorder(int seat) {
+  LOCKSTEP_CHECK(seat >= 0 && seat < seats());
+  return reinterpret_cast<FlightRecorder*>(state_->base + state_->layout.recorders_offset())[seat];
 }
+
+GenerationBoard& Segment::board() { return state_->header().board; }
 
 std::atomic<std::uint32_t>& Segment::abort_word() { return state_->header().abort_word; }
 std::atomic<std::uint64_t>& Segment::failed_word() { return state_->header().failed_word; }
@@ -231,58 +237,77 @@ std::string Segment::abort_reason() const {
 }
 
 void Segment::wake_all() {
-  for (int rank = 0; rank < ranks(); ++rank) ring(control(rank).bell);
+  for (int seat = 0; seat < seats(); ++seat) ring(control(seat).bell);
 }
 
-std::span<std::byte> Segment::take(int rank, std::size_t bytes, bool lasting,
+struct Segment::ArenaUse {
+  std::atomic<std::uint64_t>&used, &lasting;
+};
+
+Segment::ArenaUse Segment::use_of(int arena) {
+  if (arena == node_arena()) return {state_->header().arena_used, state_->header().arena_lasting};
+  return {control(arena).arena_used, control(arena).arena_lasting};
+}
+
+std::span<std::byte> Segment::take(int arena, std::size_t bytes, bool lasting,
                                    std::string_view what) {
-  ControlBlock& block = control(rank);
-  const std::uint64_t used = block.arena_used.load(std::memory_order_relaxed);
-  const std::uint64_t kept = block.arena_lasting.load(std::memory_order_relaxed);
+  const ArenaUse use = use_of(arena);
+  const std::uint64_t used = use.used.load(std::memory_order_relaxed);
+  const std::uint64_t kept = use.lasting.load(std::memory_order_relaxed);
   const std::uint64_t arena_bytes = state_->layout.arena_bytes;
   if (used > arena_bytes || kept > arena_bytes - used || (used | kept) % kAlignment != 0)
     throw Error(
         fmt::format("the control block of rank {} is corrupt: {} and {} of {} arena bytes "
                     "in use",
-                    rank, used, kept, arena_bytes));
+                    arena, used, kept, arena_bytes));
   const std::uint64_t left = arena_bytes - used - kept;
   if (bytes > left)
     throw Error(fmt::format(
         "no room for {} in the arena of rank {}: {} needed, {} of {} left; hint: fewer workers or "
         "a smaller model",
-        what, rank, byte_text(bytes), byte_text(left), byte_text(arena_bytes)));
+        what, arena, byte_text(bytes), byte_text(left), byte_text(arena_bytes)));
   // All sizes are multiples of the alignment, so this stays inside.
   const std::uint64_t rounded = round_up(bytes, kAlignment);
   const std::uint64_t begin = lasting ? arena_bytes - kept - rounded : used;
-  const std::uint64_t offset = state_->layout.arena_offset(rank) + begin;
+  const std::uint64_t offset = state_->layout.arena_offset(arena) + begin;
   // A late rank of a generation that failed may have written there since it was given back.
   if (bytes != 0) give_back(state_->fd.get(), offset, rounded);
   reserve_or_throw(state_->fd.get(), offset, bytes, what);
   if (lasting)
-    block.arena_lasting.store(kept + rounded, std::memory_order_relaxed);
+    use.lasting.store(kept + rounded, std::memory_order_relaxed);
   else
-    block.arena_used.store(used + rounded, std::memory_order_relaxed);
+    use.used.store(used + rounded, std::memory_order_relaxed);
   return {state_->base + offset, bytes};
 }
 
-std::span<std::byte> Segment::allocate(int rank, std::size_t bytes, std::string_view what) {
-  return take(rank, bytes, false, what);
+std::span<std::byte> Segment::allocate(int arena, std::size_t bytes, std::string_view what) {
+  return take(arena, bytes, false, what);
 }
 
-std::span<std::byte> Segment::allocate_lasting(int rank, std::size_t bytes, std::string_view what) {
-  return take(rank, bytes, true, what);
+std::span<std::byte> Segment::allocate_lasting(int arena, std::size_t bytes,
+                                               std::string_view what) {
+  return take(arena, bytes, true, what);
 }
 
-void Segment::release(int rank, std::span<std::byte> memory) {
+void Segment::release(int arena, std::span<std::byte> memory) {
   if (memory.empty()) return;
-  LOCKSTEP_CHECK(arena_owner(memory.data()) == rank);
-  const std::uint64_t start = static_cast<std::uint64_t>(memory.data() - state_->arena(rank));
+  LOCKSTEP_CHECK(arena_owner(memory.data()) == arena);
+  const std::uint64_t start = static_cast<std::uint64_t>(memory.data() - state_->arena(arena));
   // Whole alignment units, so that what the next owner gets there is zero again.
   const std::uint64_t bytes = round_up(memory.size(), kAlignment);
-  give_back(state_->fd.get(), state_->layout.arena_offset(rank) + start, bytes);
-  auto& used_word = control(rank).arena_used;
+  give_back(state_->fd.get(), state_->layout.arena_offset(arena) + start, bytes);
+  auto& used_word = use_of(arena).used;
   if (used_word.load(std::memory_order_relaxed) == start + bytes)
     used_word.store(start, std::memory_order_relaxed);
+}
+
+void Segment::reset(int seat) {
+  give_back(state_->fd.get(), state_->layout.arena_offset(seat), state_->layout.arena_bytes);
+  // Nobody else has a reason to look at these, but who looks finds atomics.
+  for (const auto& [begin, bytes] :
+       {std::pair{reinterpret_cast<std::byte*>(&control(seat)), sizeof(ControlBlock)},
+        std::pair{reinterpret_cast<std::byte*>(&recorder(seat)), sizeof(FlightRecorder)}})
+    std::memset(begin, 0, bytes);
 }
 
 std::int64_t Segment::offset_of(const void* pointer) const {
@@ -300,12 +325,12 @@ int Segment::arena_owner(const void* pointer) const {
                           state_->layout.arena_bytes);
 }
 
-std::span<std::byte> Segment::at(int rank, std::uint64_t offset, std::uint64_t bytes) const {
-  LOCKSTEP_CHECK(rank >= 0 && rank < ranks());
-  const std::uint64_t start = state_->layout.arena_offset(rank);
+std::span<std::byte> Segment::at(int arena, std::uint64_t offset, std::uint64_t bytes) const {
+  LOCKSTEP_CHECK(arena >= 0 && arena <= seats());
+  const std::uint64_t start = state_->layout.arena_offset(arena);
   if (offset < start || !in_bounds(offset - start, bytes, state_->layout.arena_bytes))
-    throw Error(
-        fmt::format("rank {} named {} bytes at offset {}, outside its arena", rank, bytes, offset));
+    throw Error(fmt::format("rank {} named {} bytes at offset {}, outside its arena", arena, bytes,
+                            offset));
   return {state_->base + offset, bytes};
 }
 

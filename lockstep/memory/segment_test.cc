@@ -56,7 +56,7 @@ struct Genuine {
   std::vector<std::byte> header = std::vector<std::byte>(64);
   std::uint64_t size = 0;
   Genuine() {
-    auto segment = Segment::create({.ranks = 2, .arena_bytes = kArena});
+    auto segment = Segment::create({.seats = 2, .arena_bytes = kArena});
     EXPECT_EQ(::pread(segment->fd(), header.data(), header.size(), 0), 64);
     size = static_cast<std::uint64_t>(::lseek(segment->fd(), 0, SEEK_END));
   }
@@ -68,8 +68,8 @@ struct Genuine {
 };
 
 TEST(SegmentTest, ArenasAreZeroedAlignedAndApart) {
-  auto segment = Segment::create({.ranks = 3, .arena_bytes = kArena});
-  EXPECT_EQ(segment->ranks(), 3);
+  auto segment = Segment::create({.seats = 3, .arena_bytes = kArena});
+  EXPECT_EQ(segment->seats(), 3);
   for (int rank = 0; rank < 3; ++rank) {
     auto first = segment->allocate(rank, 100, "first");
     auto second = segment->allocate(rank, 5000, "second");
@@ -91,7 +91,7 @@ TEST(SegmentTest, ArenasAreZeroedAlignedAndApart) {
 }
 
 TEST(SegmentTest, ReleasedMemoryIsReusedAndZeroAgain) {
-  auto segment = Segment::create({.ranks = 1, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 1, .arena_bytes = kArena});
   auto first = segment->allocate(0, 10'000, "first");
   auto second = segment->allocate(0, 10'001, "second");
   std::memset(first.data(), 1, first.size());
@@ -104,7 +104,7 @@ TEST(SegmentTest, ReleasedMemoryIsReusedAndZeroAgain) {
 }
 
 TEST(SegmentTest, AChildSeesTheSameMemory) {
-  auto segment = Segment::create({.ranks = 2, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 2, .arena_bytes = kArena});
   auto mine = segment->allocate(0, 64, "mine");
   const auto place = static_cast<std::uint64_t>(segment->offset_of(mine.data()));
   const int fd = duplicate(*segment).release();
@@ -113,7 +113,7 @@ TEST(SegmentTest, AChildSeesTheSameMemory) {
     auto attached = Segment::attach(UniqueFd(fd));
     *attached->at(0, place, 64).data() = std::byte{42};
     attached->abort("the child says so");
-    ::_exit(attached->ranks() == 2 ? 0 : 1);
+    ::_exit(attached->seats() == 2 ? 0 : 1);
   }
   ::close(fd);
   int status = -1;
@@ -124,20 +124,20 @@ TEST(SegmentTest, AChildSeesTheSameMemory) {
 }
 
 TEST(SegmentTest, TheFirstAbortReasonStays) {
-  auto segment = Segment::create({.ranks = 1, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 1, .arena_bytes = kArena});
   EXPECT_EQ(segment->abort_reason(), "");
   EXPECT_EQ(segment->abort_word().load(), 0u);
   segment->abort("first\nline");
   segment->abort("second");
   EXPECT_EQ(segment->abort_reason(), "first?line");
   EXPECT_NE(segment->abort_word().load(), 0u);
-  auto other = Segment::create({.ranks = 1, .arena_bytes = kArena});
+  auto other = Segment::create({.seats = 1, .arena_bytes = kArena});
   other->abort(std::string(100'000, 'x'));
   EXPECT_EQ(other->abort_reason(), std::string(1000, 'x'));
 }
 
 TEST(SegmentTest, AbortWakesASleeper) {
-  auto segment = Segment::create({.ranks = 2, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 2, .arena_bytes = kArena});
   auto& block = segment->control(1);
   const std::uint32_t bell = block.bell.load();
   std::thread sleeper([&] {
@@ -149,21 +149,21 @@ TEST(SegmentTest, AbortWakesASleeper) {
 }
 
 TEST(SegmentTest, OptionsOutOfRangeAreRefused) {
-  EXPECT_THAT(error_of([] { Segment::create({.ranks = 0}); }), HasSubstr("0 ranks is impossible"));
-  EXPECT_THAT(error_of([] { Segment::create({.ranks = 1025}); }), HasSubstr("1 to 1024"));
-  EXPECT_THAT(error_of([] { Segment::create({.ranks = 2, .arena_bytes = ~0ull}); }),
+  EXPECT_THAT(error_of([] { Segment::create({.seats = 0}); }), HasSubstr("0 ranks is impossible"));
+  EXPECT_THAT(error_of([] { Segment::create({.seats = 1025}); }), HasSubstr("1 to 1024"));
+  EXPECT_THAT(error_of([] { Segment::create({.seats = 2, .arena_bytes = ~0ull}); }),
               HasSubstr("too large"));
 }
 
 TEST(SegmentTest, LackOfRoomOrMemoryIsAnErrorThatNamesTheSizes) {
-  auto segment = Segment::create({.ranks = 1, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 1, .arena_bytes = kArena});
   const std::string room = error_of([&] { segment->allocate(0, kArena + 1, "the gradients"); });
   EXPECT_THAT(room, HasSubstr("the gradients"));
   EXPECT_THAT(room, HasSubstr("4.00 MiB left"));
   EXPECT_THAT(room, HasSubstr("hint: "));
   EXPECT_EQ(segment->allocate(0, kArena, "all of it").size(), kArena);
 
-  auto vast = Segment::create({.ranks = 1, .arena_bytes = 4 * total_memory()});
+  auto vast = Segment::create({.seats = 1, .arena_bytes = 4 * total_memory()});
   const std::string memory = error_of([&] { vast->allocate(0, 3 * total_memory(), "a giant"); });
   EXPECT_THAT(memory, HasSubstr("not enough memory for a giant: " + byte_text(3 * total_memory()) +
                                 " needed"));
@@ -199,14 +199,14 @@ constexpr std::uint64_t kGiB = std::uint64_t{1} << 30;
 
 // The kernel's own answer to a file too large is SIGXFSZ.
 TEST(SegmentTest, ALimitOfFileSizesIsAnErrorAndNoSignal) {
-  const auto create = [] { Segment::create({.ranks = 2, .arena_bytes = kGiB}); };
+  const auto create = [] { Segment::create({.seats = 2, .arena_bytes = kGiB}); };
   const std::string error = error_under(RLIMIT_FSIZE, kGiB, create);
-  EXPECT_THAT(error, HasSubstr("no room for the shared memory segment: 2.00 GiB needed, 1.00 GiB "
+  EXPECT_THAT(error, HasSubstr("no room for the shared memory segment: 3.00 GiB needed, 1.00 GiB "
                                "left of this process's largest file size (RLIMIT_FSIZE)"));
   EXPECT_THAT(error, HasSubstr("hint: ulimit -f unlimited"));
-  EXPECT_EQ(error_under(RLIMIT_FSIZE, 3 * kGiB, create), "no error");
+  EXPECT_EQ(error_under(RLIMIT_FSIZE, 4 * kGiB, create), "no error");
   // What was sized before is not affected.
-  auto segment = Segment::create({.ranks = 1, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 1, .arena_bytes = kArena});
   EXPECT_EQ(error_under(RLIMIT_FSIZE, 1, [&] { segment->allocate(0, 1 << 20, "memory")[9] = {}; }),
             "no error");
 }
@@ -219,20 +219,20 @@ std::uint64_t tight_address_space() {
 }
 
 TEST(SegmentTest, ALimitOfAddressSpaceIsAnError) {
-  const auto create = [] { Segment::create({.ranks = 1, .arena_bytes = 2 * kGiB}); };
+  const auto create = [] { Segment::create({.seats = 1, .arena_bytes = 2 * kGiB}); };
   const std::string error = error_under(RLIMIT_AS, tight_address_space(), create);
-  EXPECT_THAT(error, HasSubstr("no room for the shared memory segment: 2.00 GiB needed, "));
+  EXPECT_THAT(error, HasSubstr("no room for the shared memory segment: 4.00 GiB needed, "));
   EXPECT_THAT(error, HasSubstr(" left of this process's address space (RLIMIT_AS) of "));
   EXPECT_THAT(error, HasSubstr("hint: ulimit -v unlimited"));
   // A worker is told the same when it attaches what somebody else made.
-  auto segment = Segment::create({.ranks = 1, .arena_bytes = 2 * kGiB});
+  auto segment = Segment::create({.seats = 1, .arena_bytes = 2 * kGiB});
   EXPECT_THAT(
       error_under(RLIMIT_AS, tight_address_space(), [&] { Segment::attach(duplicate(*segment)); }),
-      HasSubstr("2.00 GiB needed, "));
+      HasSubstr("4.00 GiB needed, "));
 }
 
 TEST(SegmentTest, PlacesOutsideAnArenaAreErrors) {
-  auto segment = Segment::create({.ranks = 2, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 2, .arena_bytes = kArena});
   const auto start =
       static_cast<std::uint64_t>(segment->offset_of(segment->allocate(1, 64, "memory").data()));
   EXPECT_EQ(segment->at(1, start, kArena).size(), kArena);
@@ -247,7 +247,7 @@ TEST(SegmentTest, PlacesOutsideAnArenaAreErrors) {
 }
 
 TEST(SegmentTest, ACorruptControlBlockIsAnError) {
-  auto segment = Segment::create({.ranks = 1, .arena_bytes = kArena});
+  auto segment = Segment::create({.seats = 1, .arena_bytes = kArena});
   for (const std::uint64_t used : {kArena + 64, std::uint64_t{3}, ~std::uint64_t{0} - 63}) {
     segment->control(0).arena_used.store(used);
     EXPECT_THAT(error_of([&] { segment->allocate(0, 64, "memory"); }), HasSubstr("corrupt"));
@@ -282,14 +282,14 @@ TEST(SegmentAttachTest, WrongDescriptorsAreNamed) {
 TEST(SegmentAttachTest, HostileHeadersAreNamed) {
   const Genuine genuine;
   EXPECT_THAT(genuine.error_with(0, 1, 8), HasSubstr("magic"));
-  EXPECT_THAT(genuine.error_with(8, 1, 4), HasSubstr("layout is version 1, this program's is 2"));
-  EXPECT_THAT(genuine.error_with(12, 0, 4), HasSubstr("claims 0 ranks"));
-  EXPECT_THAT(genuine.error_with(12, 1025, 4), HasSubstr("claims 1025 ranks"));
-  EXPECT_THAT(genuine.error_with(12, 0xffffffff, 4), HasSubstr("claims 4294967295 ranks"));
+  EXPECT_THAT(genuine.error_with(8, 1, 4), HasSubstr("layout is version 1, this program's is 3"));
+  EXPECT_THAT(genuine.error_with(12, 0, 4), HasSubstr("claims 0 seats"));
+  EXPECT_THAT(genuine.error_with(12, 1025, 4), HasSubstr("claims 1025 seats"));
+  EXPECT_THAT(genuine.error_with(12, 0xffffffff, 4), HasSubstr("claims 4294967295 seats"));
   EXPECT_THAT(genuine.error_with(12, 3, 4), HasSubstr("its header says"));
   EXPECT_THAT(genuine.error_with(16, 0, 8), HasSubstr("arenas of 0 bytes"));
-  EXPECT_THAT(genuine.error_with(16, ~0ull, 8), HasSubstr("claims 2 ranks"));
-  EXPECT_THAT(genuine.error_with(16, kArena + 1, 8), HasSubstr("claims 2 ranks"));
+  EXPECT_THAT(genuine.error_with(16, ~0ull, 8), HasSubstr("claims 2 seats"));
+  EXPECT_THAT(genuine.error_with(16, kArena + 1, 8), HasSubstr("claims 2 seats"));
   EXPECT_THAT(genuine.error_with(16, 2 * kArena, 8), HasSubstr("its header says"));
   EXPECT_THAT(genuine.error_with(24, 1, 8), HasSubstr("its header says"));
   EXPECT_THAT(genuine.error_with(32, 1, 8), HasSubstr("same release"));

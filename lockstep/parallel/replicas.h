@@ -25,7 +25,7 @@ namespace lockstep {
 // Runs every rank in a thread and rethrows the first rank's exception.
 inline void run_ranks(int size, const std::function<void(const World&)>& body,
                       Clock::duration timeout = std::chrono::seconds(60)) {
-  const auto segment = Segment::create({.ranks = size, .arena_bytes = 64 << 20});
+  const auto segment = Segment::create({.seats = size, .arena_bytes = 64 << 20});
   std::vector<std::exception_ptr> errors(static_cast<std::size_t>(size));
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank)

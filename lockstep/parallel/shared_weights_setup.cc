@@ -92,7 +92,7 @@ SharedWeights::State::State(torch::nn::Module& module, const World& w,
 // One rank makes the memory, with its own values; the others find it.
 void SharedWeights::State::place_weights(Group& ranks) {
   segment = world.segment();
-  if (!segment) segment = Segment::create({.ranks = 1});
+  if (!segment) segment = Segment::create({.seats = 1});
   const SharedLayout layout = SharedLayout::of(spec, world.size(), integers.bytes());
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   const std::size_t bytes = layout.total_bytes() + frozen.bytes();

@@ -306,7 +306,7 @@ int bench_collective(const std::vector<std::string>& arguments) {
   const BenchPlan plan = resolve(flags);
   std::optional<AppendFile> json;
   if (!flags.json.empty()) json.emplace(flags.json);
-  const auto segment = Segment::create({.ranks = flags.ranks});
+  const auto segment = Segment::create({.seats = flags.ranks});
   print(table_heading());
   console().flush(Deadline::never());  // before the ranks inherit it
   Ranks ranks;

@@ -80,9 +80,9 @@ void check(const PredictFlags& flags) {
     if (!fs::exists(fs::path(flags.folder) / name, error))
       throw ConfigError(fmt::format("{} holds no {}", flags.folder, name),
                         "the output folder of a run of lockstep train that has ended an epoch");
-  if (flags.workers && (*flags.workers < 1 || *flags.workers > kMaxLocalRanks))
+  if (flags.workers && (*flags.workers < 1 || *flags.workers > kMaxSeats))
     throw ConfigError(
-        fmt::format("--workers {} is not from 1 to {}", *flags.workers, kMaxLocalRanks));
+        fmt::format("--workers {} is not from 1 to {}", *flags.workers, kMaxSeats));
   check_writable_place(flags.output, "--output");
   refuse_file_of_a_run(flags.output, flags.folder, "--output");
   if (fs::exists(flags.output, error) && !flags.overwrite)
@@ -130,7 +130,7 @@ int predict_command(const std::vector<std::string>& arguments, const Start&) {
   WorkerJob run;
   run.command = "predict";
   run.job = job_of(flags);
-  run.segment = Segment::create({.ranks = static_cast<int>(run.job.workers.count)});
+  run.segment = Segment::create({.seats = static_cast<int>(run.job.workers.count)});
   run.environment["LOCKSTEP_WEIGHTS"] =
       fs::absolute(fs::path(flags.folder) / "model.safetensors").string();
   run.environment["LOCKSTEP_PREDICT_DATA"] =

@@ -106,9 +106,9 @@ int worker_count(const std::string& text) {
   int count = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
   if (error != std::errc() || end != text.data() + text.size() || count < 1 ||
-      count > kMaxLocalRanks)
+      count > kMaxSeats)
     throw ConfigError(
-        fmt::format("--nproc-per-node {} is not a number from 1 to {}", text, kMaxLocalRanks),
+        fmt::format("--nproc-per-node {} is not a number from 1 to {}", text, kMaxSeats),
         "a number, or auto or cpu for one worker a core");
   return count;
 }
@@ -180,7 +180,7 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   if (!flags.rdzv_id.empty()) options.environment["TORCHELASTIC_RUN_ID"] = flags.rdzv_id;
   options.master_addr = flags.master_addr;
   options.master_port = flags.master_port != 0 ? flags.master_port : free_port();
-  options.segment = Segment::create({.ranks = options.workers});
+  options.segment = Segment::create({.seats = options.workers});
   options.grace = std::chrono::seconds(flags.shutdown_timeout);
   options.on_line = pass_on;
   options.console = &console();

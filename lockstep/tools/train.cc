@@ -115,7 +115,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   WorkerJob run;
   run.command = "train";
   run.job = job;
-  run.segment = Segment::create({.ranks = workers});
+  run.segment = Segment::create({.seats = workers});
   run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
   if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
   SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);

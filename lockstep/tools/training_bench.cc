@@ -41,9 +41,9 @@ void add_flags(CLI::App& app, Flags& flags) {
 }
 
 void check(const Flags& flags) {
-  if (flags.workers < 1 || flags.workers > kMaxLocalRanks)
+  if (flags.workers < 1 || flags.workers > kMaxSeats)
     throw ConfigError(
-        fmt::format("--workers {} is not from 1 to {}", flags.workers, kMaxLocalRanks));
+        fmt::format("--workers {} is not from 1 to {}", flags.workers, kMaxSeats));
   if (flags.threads < 1) throw ConfigError(fmt::format("--threads {} is none", flags.threads));
   if (!(flags.seconds > 0 && flags.seconds <= 1e6))
     throw ConfigError(fmt::format("--seconds {} is not above 0", flags.seconds));
@@ -89,7 +89,7 @@ nlohmann::ordered_json measure(const Flags& flags, const std::string& work,
   run.job = resolve_job("linear-regression",
                         {{"workers.count", fmt::format("{}", flags.workers), "--workers"},
                          {"workers.threads", fmt::format("{}", flags.threads), "--threads"}});
-  run.segment = Segment::create({.ranks = flags.workers});
+  run.segment = Segment::create({.seats = flags.workers});
   run.environment["LOCKSTEP_BENCH"] = nlohmann::json{
       {"work", work},
       {"mode", mode},

@@ -1,0 +1,117 @@
+#include "lockstep/memory/generation_board.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "lockstep/base/error.h"
+
+namespace lockstep {
+
+void publish(Segment& segment, const Generation& generation, bool at_once) {
+  GenerationBoard& board = segment.board();
+  LOCKSTEP_CHECK(generation.number >= board.newest.load() && !generation.seats.empty() &&
+                 generation.seats.size() <= kMaxSeats);
+  auto& list = board.generations[generation.number % 2];
+  for (std::size_t rank = 0; rank < generation.seats.size(); ++rank)
+    list.seats[rank].store(static_cast<std::uint16_t>(generation.seats[rank]));
+  list.count.store(static_cast<std::uint32_t>(generation.seats.size()));
+  list.reason.set(generation.reason);
+  board.newest.store(generation.number + 1);
+  if (at_once) board.over.store(generation.number);
+  segment.wake_all();
+}
+
+std::optional<Generation> newest_generation(Segment& segment) {
+  const GenerationBoard& board = segment.board();
+  for (;;) {
+    const std::uint64_t published = board.newest.load();
+    if (published == 0) return std::nullopt;
+    Generation generation{.number = published - 1, .seats = {}, .reason = {}};
+    const auto& list = board.generations[generation.number % 2];
+    const std::uint32_t count = list.count.load();
+    for (std::size_t rank = 0; rank < count && rank < list.seats.size(); ++rank)
+      generation.seats.push_back(list.seats[rank].load());
+    generation.reason = list.reason.get();
+    if (board.newest.load() != published) continue;  // its place is the next but one's, too
+    if (count == 0 || count > list.seats.size())
+      throw Error(fmt::format("generation {} is damaged: {} members", generation.number, count));
+    for (const int seat : generation.seats)
+      if (seat >= segment.seats())
+        throw Error(fmt::format("generation {} is damaged: a member at seat {} of {}",
+                                generation.number, seat, segment.seats()));
+    return generation;
+  }
+}
+
+std::uint64_t generations_published(Segment& segment) { return segment.board().newest.load(); }
+std::uint64_t generations_over(Segment& segment) { return segment.board().over.load(); }
+
+void await_generation(Segment& segment, int seat, std::uint64_t published,
+                      std::chrono::nanoseconds timeout) {
+  ControlBlock& block = segment.control(seat);
+  const std::uint32_t bell = block.bell.load();
+  if (generations_published(segment) > published || segment.abort_word().load() != 0) return;
+  sleep_on(block.bell, bell, timeout);
+}
+
+void request_stop(Segment& segment) { segment.board().stop.store(1); }
+bool stop_requested(Segment& segment) { return segment.board().stop.load() != 0; }
+
+void set_world_bounds(Segment& segment, const WorldBounds& bounds) {
+  segment.board().least.store(static_cast<std::uint32_t>(bounds.least));
+  segment.board().most.store(static_cast<std::uint32_t>(bounds.most));
+}
+
+WorldBounds world_bounds(Segment& segment) {
+  const auto checked = [](std::uint32_t count) {
+    return count <= static_cast<std::uint32_t>(kMaxSeats) ? static_cast<int>(count) : 0;
+  };
+  return {checked(segment.board().least.load()), checked(segment.board().most.load())};
+}
+
+bool claim_fault(Segment& segment, int index) {
+  LOCKSTEP_CHECK(index >= 0 && index < kMaxFaults);
+  const std::uint64_t bit = std::uint64_t{1} << (index % 64);
+  auto& word = segment.board().faults[static_cast<std::size_t>(index) / 64];
+  return (word.fetch_or(bit) & bit) == 0;
+}
+
+std::optional<Kept> kept(Segment& segment, int number) {
+  LOCKSTEP_CHECK(number >= 0 && number < kMaxKept);
+  const auto& entry = segment.board().kept[number];
+  const std::uint32_t state = entry.state.load();
+  const std::uint64_t place = entry.place.load();
+  if (place == 0) return std::nullopt;
+  if (state > static_cast<std::uint32_t>(KeptState::edited))
+    throw Error(
+        fmt::format("what the job keeps under number {} is damaged: state {}", number, state));
+  return Kept{segment.at(segment.node_arena(), place, entry.bytes.load()),
+              static_cast<KeptState>(state)};
+}
+
+std::span<std::byte> keep(Segment& segment, int number, std::size_t bytes, std::string_view what) {
+  if (number < 0 || number >= kMaxKept)
+    throw Error(fmt::format("no room for {}: a job keeps {} things at most", what, kMaxKept));
+  auto& entry = segment.board().kept[number];
+  if (const auto before = kept(segment, number);
+      before && before->state == KeptState::unfinished && before->memory.size() == bytes) {
+    std::memset(before->memory.data(), 0, bytes);
+    return before->memory;
+  }
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const auto room = segment.allocate(segment.node_arena(), bytes + page, what);
+  const auto offset = static_cast<std::size_t>(segment.offset_of(room.data()));
+  const std::size_t begin = (offset + page - 1) / page * page;
+  entry.state.store(static_cast<std::uint32_t>(KeptState::unfinished));
+  entry.bytes.store(bytes);
+  entry.place.store(begin);
+  return room.subspan(begin - offset, bytes);
+}
+
+void set_kept_state(Segment& segment, int number, KeptState state) {
+  segment.board().kept[number].state.store(static_cast<std::uint32_t>(state));
+}
+
+}  // namespace lockstep
