@@ -72,6 +72,8 @@ Place lockstep_place(const Environment& environment) {
       number<std::uint64_t>(environment, "LOCKSTEP_GENERATION", 0, ~std::uint64_t{0}, kPartner);
   place.segment_fd = number(environment, "LOCKSTEP_SEGMENT_FD", 3, 1 << 30, kPartner);
   place.event_fd = number(environment, "LOCKSTEP_EVENT_FD", 3, 1 << 30, kPartner);
+  if (find(environment, "LOCKSTEP_SEAT") != nullptr)
+    place.seat = number(environment, "LOCKSTEP_SEAT", 0, kMaxWorldSize, kPartner);
   return place;
 }
 

@@ -28,6 +28,7 @@ struct Place {
   int local_size = 1;
   std::uint64_t generation = 0;
   int segment_fd = -1;      // lockstep: the inherited segment
+  int seat = -1;            // lockstep: its place there, where members change; else its local rank
   int event_fd = -1;        // lockstep: the pipe to the agent
   std::string job_id = {};  // names the rendezvous on this node where no segment is inherited
   std::string trace = {};   // LOCKSTEP_TRACE: the file, "" for none

@@ -1,10 +1,16 @@
 // A worker's view of the job: its place, its group, the way to its agent. Groups come from here and
 // from nowhere else. A World is a handle: copies share one state. Calls on the group: one thread at
 // a time.
+//
+// Where the agent replaces workers, a worker is a member of one generation after another, and its
+// rank, the world's size and the group are the generation's: what has to do with them is made anew
+// after next_generation().
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/cluster/environment.h"
@@ -24,9 +30,36 @@ class World {
   std::uint64_t generation() const;
   const Place& place() const;
   Group& group() const;
-  EventSink& events() const;  // to the agent; goes nowhere without one
-  std::shared_ptr<Segment> segment() const;  // the node's shared memory; null alone
+  EventSink& events() const;                 // to the agent; goes nowhere without one
+  std::shared_ptr<Segment> segment() const;  // the node's shared memory
+  int seat() const;                          // this worker's place there
   bool has_agent() const;
+
+  // --- Generations ---
+  // Tells the agent that this program can go on in another generation (Trainer and elastic::run do
+  // it): who dies is replaced then, instead of ending all.
+  void declare_elastic() const;
+  // Whether it has been told, and there is an agent that makes generations.
+  bool is_elastic() const;
+  // Where init() left that out: becomes a member, and waits for it as long as it takes. A worker
+  // joins when it is ready to work, because the others wait for it from then on.
+  void join() const;
+  // Leaves the group, and enters the newest generation; waits for one, the group's timeout at most,
+  // and again where entering fails. `failure`: the CommError's words, "": none. False: this worker
+  // is not a member any more. Throws CommError: no other generation came, the job has ended.
+  bool next_generation(std::string_view failure = "") const;
+  bool next_generation_is_due() const;
+  bool stop_requested() const;  // the step under way is to be the last
+  // Members, at least and at most; size() for both where members don't change.
+  int least_size() const;
+  int most_size() const;
+  // Tells whoever looks for workers that hang that this one gets on.
+  void made_progress() const;
+  // This worker's memory in its arena under a name: zeroed when it is first asked for, and the same
+  // from then on, in every generation. Throws Error when memory is short.
+  std::span<std::byte> lasting(const std::string& name, std::size_t bytes) const;
+  // The next number for keep() in memory/generation_board.h.
+  int claim_kept() const;
 
  private:
   friend World init_from(const Place& place, const struct InitOptions& options);
@@ -36,6 +69,7 @@ class World {
 
 struct InitOptions {
   Clock::duration timeout = kDefaultTimeout;  // of joining and of every collective
+  bool join = true;  // false: World::join() follows, where the agent makes generations
 };
 
 // Joins the job this process was started for: by `lockstep run`, torchrun, mpirun or srun; alone: a

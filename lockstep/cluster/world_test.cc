@@ -4,12 +4,16 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <fmt/format.h>
+
 #include <array>
+#include <barrier>
 #include <thread>
 #include <vector>
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/segment_exchange.h"
+#include "lockstep/memory/generation_board.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/observe/event.h"
 
@@ -55,7 +59,7 @@ TEST(World, AloneIsAWorldOfOne) {
   EXPECT_EQ(world.size(), 1);
   EXPECT_EQ(world.group().size(), 1);
   EXPECT_FALSE(world.has_agent());
-  EXPECT_EQ(world.segment(), nullptr);
+  EXPECT_EQ(world.segment()->seats(), 1);
   world.group().barrier();
 }
 
@@ -93,6 +97,103 @@ TEST(World, RefusesASegmentForOtherRanks) {
   Place mine{.launcher = Launcher::lockstep};
   mine.segment_fd = ::dup(Segment::create({.seats = 2, .arena_bytes = 1 << 20})->fd());
   EXPECT_THAT(refusal([&] { init_from(mine, {}); }), HasSubstr("is for 2 ranks, not 1"));
+}
+
+// Workers as threads at the seats of one segment, and an agent that the test is.
+class Generations : public testing::Test {
+ protected:
+  Place at_seat(int seat) const {
+    Place mine{.launcher = Launcher::lockstep};
+    mine.seat = seat;
+    mine.segment_fd = ::dup(segment_->fd());
+    return mine;
+  }
+  void say(std::uint64_t number, std::vector<int> seats, bool at_once, const std::string& reason) {
+    publish(*segment_, {.number = number, .seats = std::move(seats), .reason = reason}, at_once);
+  }
+  std::shared_ptr<Segment> segment_ = Segment::create({.seats = 4, .arena_bytes = 16 << 20});
+};
+
+std::string place_text(const World& world) {
+  return fmt::format("rank {} of {} in {}", world.rank(), world.size(), world.generation());
+}
+
+TEST_F(Generations, FollowEachOther) {
+  say(0, {0, 1}, true, "the first");
+  std::vector<std::string> places(4);
+  std::barrier all(3);
+  const auto member = [&](int seat) {
+    const World world = init_from(at_seat(seat), {.timeout = kAmple});
+    EXPECT_THROW(world.group().barrier({.tag = "that rank 1 never reaches"}), CommError);
+    ASSERT_TRUE(world.next_generation("it ended"));
+    all.arrive_and_wait();
+    world.group().barrier();
+    places[std::size_t(seat)] = place_text(world);
+    EXPECT_EQ(world.next_generation(), seat != 0);  // agreed on between two steps
+    if (seat != 0) world.group().barrier();
+  };
+  std::jthread zero([&] { member(0); });
+  std::jthread one([&] {
+    const World world = init_from(at_seat(1), {.timeout = kAmple});
+    say(1, {3, 0}, true, "rank 1 (pid 7): killed by signal 9 (SIGKILL)");
+  });
+  std::jthread three([&] {
+    const World world = init_from(at_seat(3), {.timeout = kAmple, .join = false});
+    world.join();
+    all.arrive_and_wait();
+    world.group().barrier();
+    places[3] = place_text(world);
+    EXPECT_TRUE(world.next_generation());
+    EXPECT_EQ(place_text(world), "rank 0 of 1 in 2");
+  });
+  all.arrive_and_wait();
+  say(2, {3}, false, "scaled to 1");
+  zero.join(), three.join();
+  EXPECT_EQ(places[0], "rank 1 of 2 in 1");
+  EXPECT_EQ(places[3], "rank 0 of 2 in 1");
+}
+
+TEST_F(Generations, WaitsEndWithTheReason) {
+  say(0, {0, 1}, true, "the first");
+  std::jthread one([&] {
+    const World world = init_from(at_seat(1), {.timeout = kAmple});
+    say(1, {0}, true, "rank 1 (pid 7): killed by signal 9 (SIGKILL)");
+  });
+  const World world = init_from(at_seat(0), {.timeout = kAmple});
+  EXPECT_THAT(refusal([&] { world.group().barrier({.tag = "a"}); }),
+              testing::AnyOf(HasSubstr("generation 0 is over: rank 1 (pid 7): killed by signal 9"),
+                             HasSubstr("rank 1 has left")));
+  EXPECT_TRUE(world.next_generation("it ended"));
+  EXPECT_EQ(world.size(), 1);
+}
+
+TEST_F(Generations, WhoMissesOneEntersTheNext) {
+  say(0, {0, 1}, true, "the first");
+  say(1, {0, 1, 2}, true, "seat 2, which never comes");
+  std::jthread zero([&] {
+    const World world = init_from(at_seat(0), {.timeout = kAmple});
+    EXPECT_EQ(place_text(world), "rank 0 of 1 in 2");
+  });
+  say(2, {0}, true, "seats 1 and 2 are lost");
+}
+
+TEST_F(Generations, HaveADeadline) {
+  say(0, {0}, true, "the first");
+  const World world = init_from(at_seat(0), {.timeout = kBrief});
+  EXPECT_THAT(refusal([&] { world.next_generation("why"); }), HasSubstr("no generation after 1"));
+  segment_->abort("the job is over");
+  EXPECT_THAT(refusal([&] { world.next_generation(); }), HasSubstr("the job is over"));
+}
+
+TEST_F(Generations, MemoryLastsFromOneToTheNext) {
+  say(0, {0}, true, "the first");
+  const World world = init_from(at_seat(0), {.timeout = kAmple});
+  const auto memory = world.lasting("a test", 100);
+  memory[0] = std::byte{7};
+  say(1, {0}, true, "again");
+  EXPECT_TRUE(world.next_generation());
+  EXPECT_EQ(world.lasting("a test", 100).data(), memory.data());
+  EXPECT_EQ(memory[0], std::byte{7});
 }
 
 TEST(SegmentExchange, SaysWhoDidNotCome) {
