@@ -49,8 +49,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     if (state.layout() != layout) return 0;
     SliceUpdate update(spec, state);
     const RecoveryState found = recovery_state(state, spec);
-    const std::vector<std::optional<std::size_t>> owned = {1, std::nullopt};
-    const RecoveryPlan plan = plan_recovery(found, owned);
+    const RecoveryPlan plan = plan_recovery(found, 2);
     for (const std::size_t me : {0, 1}) recover(update, plan, me, {.ranks = ranks, .stride = 3072});
     if (plan.action == RecoveryPlan::Action::finish)
       state.commit(state.record(found.decided, spec));

@@ -325,6 +325,12 @@ int Segment::arena_owner(const void* pointer) const {
                           state_->layout.arena_bytes);
 }
 
+std::span<std::byte> Segment::at(std::uint64_t offset, std::uint64_t bytes) const {
+  const std::uint64_t first = state_->layout.arenas_offset();
+  const std::uint64_t arena = offset < first ? 0 : (offset - first) / state_->layout.arena_bytes;
+  return at(static_cast<int>(std::min(arena, state_->layout.seats)), offset, bytes);
+}
+
 std::span<std::byte> Segment::at(int arena, std::uint64_t offset, std::uint64_t bytes) const {
   LOCKSTEP_CHECK(arena >= 0 && arena <= seats());
   const std::uint64_t start = state_->layout.arena_offset(arena);

@@ -82,6 +82,8 @@ class Segment {
   int arena_owner(const void* pointer) const;  // the arena that holds it, or -1
   // The bytes of an arena at an offset that another process named: checked. Throws Error.
   std::span<std::byte> at(int arena, std::uint64_t offset, std::uint64_t bytes) const;
+  // The same, of whichever arena.
+  std::span<std::byte> at(std::uint64_t offset, std::uint64_t bytes) const;
 
  private:
   struct State;

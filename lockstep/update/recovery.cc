@@ -24,9 +24,8 @@ RecoveryState recovery_state(const SharedState& state, const UpdateSpec& spec) {
   return found;
 }
 
-RecoveryPlan plan_recovery(const RecoveryState& state,
-                           std::span<const std::optional<std::size_t>> owned) {
-  LOCKSTEP_CHECK(!owned.empty(), "somebody is left to recover");
+RecoveryPlan plan_recovery(const RecoveryState& state, std::size_t workers) {
+  LOCKSTEP_CHECK(workers > 0, "somebody is left to recover");
   RecoveryPlan plan;
   const std::uint64_t next = state.committed + 1;
   if (state.decided == state.committed) {
@@ -42,19 +41,12 @@ RecoveryPlan plan_recovery(const RecoveryState& state,
   }
   plan.action = RecoveryPlan::Action::finish;
   std::size_t done = 0;
-  std::size_t orphans = 0;
   for (std::size_t slice = 0; slice < state.progress.size(); ++slice) {
-    const auto owner = std::find(owned.begin(), owned.end(), std::optional(slice));
-    const bool orphan = owner == owned.end();
-    const std::size_t worker =
-        orphan ? orphans++ % owned.size() : static_cast<std::size_t>(owner - owned.begin());
-    plan.tasks.push_back({.slice = slice, .worker = worker, .orphan = orphan});
+    plan.tasks.push_back({.slice = slice, .worker = slice % workers});
     done += state.progress[slice] == state.whole[slice] ? 1 : 0;
   }
-  plan.reason = fmt::format(
-      "step {} was decided and is finished: {} of {} slices were whole, {} "
-      "lost their owner",
-      next, done, state.progress.size(), orphans);
+  plan.reason = fmt::format("step {} was decided and is finished: {} of {} slices were whole", next,
+                            done, state.progress.size());
   return plan;
 }
 

@@ -8,7 +8,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -36,17 +35,15 @@ struct RecoveryPlan {
   struct Task {
     std::size_t slice = 0;
     std::size_t worker = 0;  // who makes sure that the slice is whole
-    bool orphan = false;     // it replays a dead owner's
     bool operator==(const Task&) const = default;
   };
   Action action = Action::nothing;
   std::vector<Task> tasks;  // every slice once
   std::string reason;       // in words
 };
-// owned[w]: the slice that worker w owned, or nothing if it is new. Workers that own a slice finish
-// it; orphaned slices are dealt out in turn.
-RecoveryPlan plan_recovery(const RecoveryState& state,
-                           std::span<const std::optional<std::size_t>> owned);
+// Slices are dealt out in turn: nobody works on the step any more, and so it does not matter who
+// owned which, or who still lives.
+RecoveryPlan plan_recovery(const RecoveryState& state, std::size_t workers);
 
 // Worker `me`'s tasks. Idempotent: if it dies, too, plan again. Contributions are those of the
 // record's ranks, dead or alive.

@@ -34,7 +34,6 @@ struct Control {
   std::atomic<std::uint32_t> size;        // 0: go home
   std::array<std::atomic<int>, kMaxRanks> members;
   std::array<std::atomic<std::uint64_t>, kMaxWorkers> met;  // generation << 32 | meetings
-  std::array<std::atomic<int>, kMaxWorkers> owned;          // the slice, or -1
 };
 
 struct Generation {
@@ -145,14 +144,9 @@ class Worker {
 
  private:
   void finish_old_step() {
-    control_.owned[static_cast<std::size_t>(id_)] = slice_ ? static_cast<int>(*slice_) : -1;
     meetings_.meet();
-    std::vector<std::optional<std::size_t>> owned;
-    for (const int member : generation_.members) {
-      const int slice = control_.owned[static_cast<std::size_t>(member)];
-      owned.push_back(slice < 0 ? std::nullopt : std::optional<std::size_t>(slice));
-    }
-    const RecoveryPlan plan = plan_recovery(recovery_state(state_, case_.spec), owned);
+    const RecoveryPlan plan =
+        plan_recovery(recovery_state(state_, case_.spec), generation_.members.size());
     Fuse::burn(fuse_.in_recovery);
     recover(update_, plan, rank_, memory_.contributions(),
             [&](auto, auto) { Fuse::burn(fuse_.in_recovery); });
@@ -161,7 +155,6 @@ class Worker {
     Fuse::burn(fuse_.in_recovery);
     if (plan.action == RecoveryPlan::Action::finish)
       state_.commit(state_.record(decided, case_.spec));
-    slice_ = rank_;
   }
 
   void step() {
@@ -204,7 +197,6 @@ class Worker {
   int report_;
   Generation generation_;
   std::size_t rank_ = 0;
-  std::optional<std::size_t> slice_;  // in the last record that this worker took part in
 };
 
 // --- The parent: starts workers, sees them die, makes generations ---

@@ -12,7 +12,7 @@ namespace lockstep {
 namespace {
 
 constexpr std::uint64_t kMagic = 0x73746867696577ff;
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::uint64_t kLine = 64;
 constexpr std::uint64_t kPage = 4096;
 constexpr std::uint64_t kMaxBufferBytes = std::uint64_t{1} << 40;
@@ -243,14 +243,14 @@ void SharedState::commit(const StepRecord& record) const {
   words().committed.compare_exchange_strong(last, record.step, std::memory_order_acq_rel);
 }
 
-StepRecord first_record(const UpdateSpec& spec) {
+StepRecord first_record(const UpdateSpec& spec, int virtual_ranks) {
   StepRecord record;
   record.groups.size = static_cast<std::uint32_t>(spec.groups.size());
   for (std::size_t i = 0; i < spec.groups.size(); ++i)
     record.groups.items[i].numbers.kernel = kernel_of(spec.groups[i]);
   record.tiles.assign(partition_tiles(spec.elements, 1));
-  record.runs.assign(std::vector<VirtualRange>{{0, 1}});
-  record.losses.assign(std::vector<VirtualLoss>(1));
+  record.runs.assign(std::vector<VirtualRange>{{0, virtual_ranks}});
+  record.losses.assign(std::vector<VirtualLoss>(static_cast<std::size_t>(virtual_ranks)));
   return record;
 }
 

@@ -123,6 +123,6 @@ class SharedState {
 };
 
 // The record before the first step: no group has made an update.
-StepRecord first_record(const UpdateSpec& spec);
+StepRecord first_record(const UpdateSpec& spec, int virtual_ranks = 1);
 
 }  // namespace lockstep

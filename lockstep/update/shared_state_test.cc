@@ -115,8 +115,7 @@ TEST(SharedState, HostileBytesAreAnErrorOrHarmless) {
       const SharedState state = SharedState::attach(memory.span(), layout);
       SliceUpdate update(what.spec, state);
       const RecoveryState found = recovery_state(state, what.spec);
-      const std::vector<std::optional<std::size_t>> owned = {1, std::nullopt};
-      const RecoveryPlan plan = plan_recovery(found, owned);
+      const RecoveryPlan plan = plan_recovery(found, 2);
       for (const std::size_t me : {0, 1})
         recover(update, plan, me, {.ranks = ranks, .stride = 3072});
       if (plan.action == RecoveryPlan::Action::finish)
@@ -147,17 +146,11 @@ TEST(SharedState, CommitNeedsEverySlice) {
 
 // --- The decision ---
 
-constexpr std::optional<std::size_t> kNew = std::nullopt;
-
-RecoveryPlan plan_of(const RecoveryState& state, std::vector<std::optional<std::size_t>> owned) {
-  return plan_recovery(state, owned);
-}
-
 TEST(RecoveryPlan, BeforeTheDecisionNothingIsFinished) {
   const RecoveryState idle{.committed = 12, .decided = 12, .sealed = {12, 12, 11}};
-  EXPECT_EQ(plan_of(idle, {0, 1}).action, RecoveryPlan::Action::nothing);
+  EXPECT_EQ(plan_recovery(idle, 2).action, RecoveryPlan::Action::nothing);
   const RecoveryState sealed{.committed = 12, .decided = 12, .sealed = {13, 12, 13}};
-  const RecoveryPlan plan = plan_of(sealed, {0, 1});
+  const RecoveryPlan plan = plan_recovery(sealed, 2);
   EXPECT_EQ(plan.action, RecoveryPlan::Action::discard);
   EXPECT_EQ(plan.reason,
             "step 13 is computed again: 2 contributions were sealed, but it was not decided");
@@ -172,18 +165,12 @@ TEST(RecoveryPlan, AfterItEverySliceHasOneWorker) {
       .sealed = {13, 13, 13, 13},
       .progress = {{13, 5, false}, {13, 7, true}, {12, 9, false}, {}},
       .whole = {{13, 5, false}, {13, 10, false}, {13, 15, false}, {13, 20, false}}};
-  // The worker that owned slice 2 is now worker 0; worker 1 is new; slice 3's is worker 2.
-  const RecoveryPlan plan = plan_of(state, {2, kNew, 3});
+  const RecoveryPlan plan = plan_recovery(state, 3);
   EXPECT_EQ(plan.action, RecoveryPlan::Action::finish);
-  EXPECT_EQ(plan.tasks,
-            (std::vector<Task>{{0, 0, true}, {1, 1, true}, {2, 0, false}, {3, 2, false}}));
-  EXPECT_EQ(plan.reason,
-            "step 13 was decided and is finished: 1 of 4 slices were whole, 2 lost their owner");
+  EXPECT_EQ(plan.tasks, (std::vector<Task>{{0, 0}, {1, 1}, {2, 2}, {3, 0}}));
+  EXPECT_EQ(plan.reason, "step 13 was decided and is finished: 1 of 4 slices were whole");
   // Nobody is left but one new worker: it does it all.
-  for (const Task& task : plan_of(state, {kNew}).tasks) {
-    EXPECT_EQ(task.worker, 0u);
-    EXPECT_TRUE(task.orphan);
-  }
+  for (const Task& task : plan_recovery(state, 1).tasks) EXPECT_EQ(task.worker, 0u);
 }
 
 }  // namespace

@@ -76,6 +76,7 @@ StepRecord plan_step(const UpdateSpec& spec, const StepRecord& last, const StepP
   }
   record.tiles.assign(partition_tiles(spec.elements, plan.slices));
   record.runs.assign(plan.runs);
+  record.places.assign(plan.places);
   record.losses.assign(plan.losses);
   set_gradient_scale(record);
   return record;
@@ -105,7 +106,8 @@ std::vector<std::uint64_t> partition_tiles(std::uint64_t elements, int slices) {
 }
 
 std::string fault_of(const StepRecord& record, const UpdateSpec& spec) {
-  if (!record.groups.fits() || !record.tiles.fits() || !record.runs.fits() || !record.losses.fits())
+  if (!record.groups.fits() || !record.tiles.fits() || !record.runs.fits() ||
+      !record.places.fits() || !record.losses.fits())
     return "a list is longer than its capacity";
   if (record.groups.size != spec.groups.size())
     return fmt::format("it has {} parameter groups, not {}", record.groups.size,

@@ -85,6 +85,7 @@ struct StepRecord {
   Bounded<GroupStep, kMaxGroups> groups;
   Bounded<std::uint64_t, kMaxSlices + 1> tiles;  // slice i owns tiles [tiles[i], tiles[i + 1])
   Bounded<VirtualRange, kMaxSlices> runs;        // rank r contributed virtual ranks runs[r]
+  Bounded<std::uint64_t, kMaxSlices> places;     // where, as the caller means it
   Bounded<VirtualLoss, kMaxVirtualRanks> losses;
 
   std::size_t slices() const { return tiles.size - 1; }
@@ -94,7 +95,8 @@ struct StepRecord {
 // step's.
 struct StepPlan {
   std::span<const OptimizerOptions> groups;
-  std::span<const VirtualRange> runs;   // who computed which virtual ranks
+  std::span<const VirtualRange> runs;  // who computed which virtual ranks
+  std::span<const std::uint64_t> places = {};
   std::span<const VirtualLoss> losses;  // of every virtual rank
   int slices = 1;                       // in how many slices the weights are updated
   double loss_scale = 1;                // the losses were multiplied by it before backward
