@@ -108,6 +108,10 @@ std::span<std::byte> World::lasting(const std::string& name, std::size_t bytes) 
   return memory.first(bytes);
 }
 
+void World::release(const std::string& name) const {
+  if (const auto found = state_->lasting.extract(name)) segment()->release(seat(), found.mapped());
+}
+
 int World::claim_kept() const { return state_->next_kept++; }
 
 // False: it does not list this worker, which was a member before.

@@ -58,6 +58,7 @@ class World {
   // This worker's memory in its arena under a name: zeroed when it is first asked for, and the same
   // from then on, in every generation. Throws Error when memory is short.
   std::span<std::byte> lasting(const std::string& name, std::size_t bytes) const;
+  void release(const std::string& name) const;  // nobody may use it any more
   // The next number for keep() in memory/generation_board.h.
   int claim_kept() const;
 

@@ -59,7 +59,6 @@ std::string metrics_before(const std::filesystem::path& path, const RunRecord& r
 struct RunLog::State {
   RunLogOptions options;
   RunRecord run;
-  int ready = 0;
   bool bar_shown = false;
   std::optional<AppendFile> metrics, board;
 
@@ -119,14 +118,21 @@ RunLog::~RunLog() = default;
 
 bool RunLog::files_made() const { return state_->board.has_value(); }
 
-void RunLog::on_event(int, const nlohmann::json& event) {
+void RunLog::on_event(int rank, const nlohmann::json& event) {
   State& state = *state_;
-  state.run.take(event);
   const std::string& kind = event.at("event").get_ref<const std::string&>();
-  if (kind == "ready" && ++state.ready == state.options.workers) {
+  if (kind == "ready" && files_made()) {
+    // Another generation: an epoch's end may not have been told by the one before.
+    if (event.contains("resumed"))
+      for (const nlohmann::json& epoch : event["resumed"].at("epochs")) on_event(rank, epoch);
+    return;
+  }
+  if (kind == "epoch" && event.at("epoch") <= state.run.epochs.size()) return;  // done again
+  state.run.take(event);
+  if (kind == "ready") {
     state.open_files();
   } else if (kind == "step" || kind == "epoch") {
-    if (!files_made()) throw Error(kind + " reported before every worker was ready");
+    if (!files_made()) throw Error(kind + " reported before the workers were ready");
     state.log_scalars(event, kind == "epoch");
     if (kind == "epoch") print_line(epoch_line(state.run));
   } else if (kind == "message") {

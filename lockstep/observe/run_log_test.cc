@@ -46,7 +46,7 @@ class RunLogTest : public testing::Test {
             {"parameters", 5},  {"steps_per_epoch", 2}, {"epochs", 1}};
   }
   static void train(RunLog& log) {
-    for (int rank : {0, 1}) log.on_event(rank, ready(rank));
+    log.on_event(0, ready(0));
     log.on_event(0, {{"event", "first_step"}, {"rank", 0}, {"clock", 101.5}});
     log.on_event(0, {{"event", "step"},
                      {"epoch", 1},
@@ -130,14 +130,12 @@ TEST_F(RunLogTest, AFailureIsReported) {
 
 TEST_F(RunLogTest, AFailureBeforeTheFilesLeavesNone) {
   RunLog log(options());
-  log.on_event(0, ready(0));
   log.fail("why", "");
   EXPECT_TRUE(fs::is_empty(folder_));
 }
 
 TEST_F(RunLogTest, StepsBeforeReadyAreRefused) {
   RunLog log(options());
-  log.on_event(0, ready(0));
   EXPECT_THROW(log.on_event(0, {{"event", "epoch"},
                                 {"epoch", 1},
                                 {"step", 2},
@@ -194,7 +192,6 @@ TEST_F(RunLogTest, AResumedRunGoesOnWithItsFiles) {
   first["resumed"] = {
       {"step", 3}, {"samples", 60}, {"epochs", {epoch}}, {"loss", 10.0}, {"weight", 20.0}};
   log.on_event(0, first);
-  log.on_event(1, ready(1));
   json second = epoch;
   second["epoch"] = 2;
   second["step"] = 4;

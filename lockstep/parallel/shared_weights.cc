@@ -10,6 +10,7 @@
 #include "lockstep/base/hash.h"
 #include "lockstep/bridge/dtypes.h"
 #include "lockstep/collective/kernels.h"
+#include "lockstep/memory/generation_board.h"
 #include "lockstep/parallel/same_module.h"
 #include "lockstep/parallel/shared_weights_state.h"
 
@@ -108,7 +109,7 @@ void SharedWeights::State::accumulate(const Compute& compute) {
 
 // Throws the same on every rank.
 void SharedWeights::State::check_numbers(const RankNumbers& ranks) {
-  const auto [options_of, integers_of, magnitudes] = ranks;
+  const auto& [options_of, integers_of, magnitudes, moves, stops] = ranks;
   double computed = 0;  // the first digest of a rank that computed something
   for (std::size_t rank = 0; rank < options_of.size(); ++rank) {
     if (options_of[rank] != options_of[0])
@@ -138,12 +139,13 @@ void SharedWeights::State::check_numbers(const RankNumbers& ranks) {
 
 SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
                              std::vector<ParameterGroup> groups,
-                             const SharedWeightsOptions& options)
+                             const SharedWeightsOptions& options, const InitialState* initial)
     : state_(std::make_unique<State>(module, world, groups, options)) {
   State& s = *state_;
   if (world.size() > 1)
     check_same_module(world.group(), named_parameters(module), named_buffers(module));
-  s.place_weights(world.group());
+  s.place_weights(initial);
+  if (s.origin.found) s.finish_old_step();
   s.point_module();
   s.place_contributions();
   s.refresh_integers();
@@ -152,15 +154,18 @@ SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
 }
 
 SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
-                             const OptimizerOptions& optimizer, const SharedWeightsOptions& options)
+                             const OptimizerOptions& optimizer, const SharedWeightsOptions& options,
+                             const InitialState* initial)
     : SharedWeights(module, world,
                     std::vector{ParameterGroup{tensors_of(named_parameters(module)), optimizer}},
-                    options) {}
+                    options, initial) {}
 
-// The module goes on as one of its own.
+// The module goes on as one of its own. What this rank has contributed stays for the next
+// generation, if there can be one.
 SharedWeights::~SharedWeights() {
   try {
     state_->view->make_private();
+    if (!state_->world.is_elastic()) state_->world.release(state_->slots_name());
   } catch (const Error&) {  // it stays read-only
   }
 }
@@ -201,27 +206,38 @@ StepOutcome SharedWeights::decide(bool measure) {
   s.shared->seal(s.world.rank(), next);
 
   // Every number stands at one rank and is zero at the others: adding them up is exact.
-  std::vector<double> numbers(2 * s.losses.size() + 3 * ranks);
+  std::vector<double> numbers(2 * s.losses.size() + 5 * ranks);
   for (std::size_t v = 0; v < s.losses.size(); ++v) {
     numbers[2 * v] = s.losses[v].sum;
     numbers[2 * v + 1] = s.losses[v].weight;
   }
-  const RankNumbers of_ranks{std::span<double>(numbers).last(3 * ranks)};
+  const RankNumbers of_ranks{std::span<double>(numbers).last(5 * ranks)};
   of_ranks.options[rank] = digest_of(s.groups);
   of_ranks.integers[rank] = s.integers_digest;
   of_ranks.magnitudes[rank] = magnitude;
+  of_ranks.moves[rank] = s.world.next_generation_is_due() ? 1 : 0;
+  of_ranks.stops[rank] = s.world.stop_requested() ? 1 : 0;
   s.group().all_reduce(std::as_writable_bytes(std::span(numbers)), Dtype::float64, Reduction::sum,
                        {.tag = "losses"});
   for (std::size_t v = 0; v < s.losses.size(); ++v)
     s.losses[v] = {numbers[2 * v], numbers[2 * v + 1]};
   s.check_numbers(of_ranks);
-  s.decided = plan_step(
-      s.spec, s.last,
-      {.groups = s.groups, .runs = s.tree.runs, .losses = s.losses, .slices = s.world.size()});
+  s.decided = plan_step(s.spec, s.last,
+                        {.groups = s.groups,
+                         .runs = s.tree.runs,
+                         .places = s.places,
+                         .losses = s.losses,
+                         .slices = s.world.size()});
 
   double sum = 0;
   for (const double one : of_ranks.magnitudes) sum += one;
-  StepOutcome outcome{.step = next, .weight = s.decided.total_weight};
+  const auto any = [](std::span<const double> of) {
+    return std::ranges::any_of(of, [](double one) { return one != 0; });
+  };
+  StepOutcome outcome{.step = next,
+                      .weight = s.decided.total_weight,
+                      .next_generation = any(of_ranks.moves),
+                      .stop = any(of_ranks.stops)};
   for (const VirtualLoss& loss : s.losses) outcome.loss_sum += loss.sum;
   if (measure || s.options.clip_grad_norm > 0 || !sum_is_finite(sum)) {
     s.updater->measure(s.decided, {s.contributions, s.spec.elements}, rank);
@@ -235,9 +251,12 @@ StepOutcome SharedWeights::decide(bool measure) {
   return outcome;
 }
 
-void SharedWeights::update() {
+void SharedWeights::update(std::span<const std::byte> note) {
   State& s = *state_;
-  if (s.world.rank() == 0) s.shared->decide(s.decided);
+  if (s.world.rank() == 0) {
+    if (!note.empty()) copy_bytes(s.note(s.decided.step), note);
+    s.shared->decide(s.decided);
+  }
   s.group().barrier({.tag = "decided"});
   s.updater->run(s.decided, {s.contributions, s.spec.elements},
                  static_cast<std::size_t>(s.world.rank()));
@@ -250,6 +269,10 @@ void SharedWeights::update() {
 
 std::span<OptimizerOptions> SharedWeights::groups() const { return state_->groups; }
 std::uint64_t SharedWeights::committed_step() const { return state_->last.step; }
+int SharedWeights::virtual_ranks() const { return state_->tree.virtual_ranks; }
+const WeightsOrigin& SharedWeights::origin() const { return state_->origin; }
+std::span<std::byte> SharedWeights::log() const { return state_->log(); }
+std::span<const std::byte> SharedWeights::note() const { return state_->note(state_->last.step); }
 std::size_t SharedWeights::shared_bytes() const { return state_->memory.size(); }
 VirtualRange SharedWeights::run() const { return state_->run(); }
 void SharedWeights::restore_buffers() { state_->restore_buffers(); }
@@ -285,29 +308,11 @@ std::vector<std::uint64_t> SharedWeights::group_steps() const {
   return steps;
 }
 
-void SharedWeights::restore(std::uint64_t step, std::span<const std::uint64_t> group_steps,
-                            const std::function<void(std::span<const StateTensor>)>& fill) {
-  State& s = *state_;
-  LOCKSTEP_CHECK(s.last.step == 0 && group_steps.size() == s.groups.size(),
-                 "a state is restored before the first step");
-  s.group().barrier({.tag = "restore"});
-  s.last.step = step;
-  if (s.world.rank() == 0) {
-    for (std::size_t i = 0; i < group_steps.size(); ++i)
-      s.last.groups.items[i].steps = group_steps[i];
-    s.shared = SharedState::create(s.memory, s.spec, s.shared->layout(), s.last);
-    fill(s.state_tensors());
-  }
-  s.group().barrier({.tag = "restored"});
-  s.last = s.shared->record(step, s.spec);
-  s.refresh_integers();
-  s.restore_buffers();
-}
-
 void SharedWeights::edit(const std::function<void()>& edit) {
   State& s = *state_;
   s.group().barrier({.tag = "edit_weights"});
   if (s.world.rank() == 0) {
+    set_kept_state(*s.segment, s.kept, KeptState::edited);
     s.view->set_writable(true);
     try {
       const at::NoGradGuard no_grad;
@@ -315,9 +320,11 @@ void SharedWeights::edit(const std::function<void()>& edit) {
       s.copy_buffers_home(s.last.step);
     } catch (...) {
       s.view->set_writable(false);
+      set_kept_state(*s.segment, s.kept, KeptState::whole);
       throw;
     }
     s.view->set_writable(false);
+    set_kept_state(*s.segment, s.kept, KeptState::whole);
   }
   s.group().barrier({.tag = "weights edited"});
   s.refresh_integers();

@@ -49,6 +49,12 @@ struct SharedWeightsOptions {
   int virtual_ranks = 0;
   double clip_grad_norm = 0;  // of the mean gradient; 0: off
   Precision precision = Precision::fp32;
+  // Bytes that are kept with the weights, zeroed at first: the caller's, of no meaning here. A note
+  // changes with every step, as the weights do; the log is written between steps, by rank 0.
+  std::size_t note_bytes = 0, log_bytes = 0;
+  // Which of the job's weights these are, where they are made again in another generation
+  // (World::claim_kept()); none: new ones.
+  std::optional<int> kept = {};
 };
 
 struct StepOutcome {
@@ -57,6 +63,15 @@ struct StepOutcome {
   double weight = 0;
   // Of the mean gradient, before clipping. Measuring costs a pass over the gradients.
   std::optional<double> gradient_norm = {};
+  // What all ranks are to do after this step's update: enter the next generation; end.
+  bool next_generation = false, stop = false;
+};
+
+// How these weights began.
+struct WeightsOrigin {
+  bool found = false;          // by earlier workers of the job; else they are new
+  bool finished_step = false;  // found: the step under way was decided, and has been made whole
+  std::string reason;          // found: what became of that step, in words
 };
 
 // A tensor of the training state, in shared memory.
@@ -65,6 +80,16 @@ struct StateTensor {
   Dtype dtype = Dtype::float32;
   std::vector<std::int64_t> shape;
   std::span<std::byte> bytes;
+};
+
+// What new shared weights begin with, instead of the module's values.
+struct InitialState {
+  std::uint64_t step = 0;                  // committed
+  std::vector<std::uint64_t> group_steps;  // updates that each group has made
+  // Writes the tensors, the note and the log; on rank 0. A ConfigError is thrown on every rank.
+  std::function<void(std::span<const StateTensor>, std::span<std::byte> note,
+                     std::span<std::byte> log)>
+      fill;
 };
 
 // A loss, a gradient or a buffer is infinite or no number. Nothing has changed.
@@ -79,11 +104,14 @@ class SharedWeights {
   // Collective. Compares the modules over the ranks; the values are rank 0's. Every parameter that
   // requires a gradient is in one group; the others are shared, too, and never change. Throws
   // ConfigError naming a parameter that is in no group or two, or is not dense fp32 on the CPU.
+  // Where the job's earlier workers have left these weights, they are taken up as they were
+  // committed, and the step that was being made when the last generation ended is made whole or
+  // discarded; else they begin with the values of rank 0's module, or with `initial`.
   SharedWeights(torch::nn::Module& module, const World& world, std::vector<ParameterGroup> groups,
-                const SharedWeightsOptions& options = {});
+                const SharedWeightsOptions& options = {}, const InitialState* initial = nullptr);
   // All parameters in one group.
   SharedWeights(torch::nn::Module& module, const World& world, const OptimizerOptions& optimizer,
-                const SharedWeightsOptions& options = {});
+                const SharedWeightsOptions& options = {}, const InitialState* initial = nullptr);
   ~SharedWeights();
 
   // --- A step: compute() or contribute(), then decide(), then update() ---
@@ -98,12 +126,17 @@ class SharedWeights {
   // every rank if a loss or the sum of the gradients is not finite: nothing has changed then, and
   // the same step may be computed again. measure: gradient_norm is wanted.
   StepOutcome decide(bool measure = false);
-  // Collective. Makes the update; on return all weights are those of the step.
-  void update();
+  // Collective. Makes the update; on return all weights are those of the step, and the note is
+  // `note`, which is equal on all ranks.
+  void update(std::span<const std::byte> note = {});
 
   // Learning rates and the like, by group, from the next decide() on; equal on all ranks.
   std::span<OptimizerOptions> groups() const;
   std::uint64_t committed_step() const;
+  int virtual_ranks() const;
+  const WeightsOrigin& origin() const;
+  std::span<const std::byte> note() const;
+  std::span<std::byte> log() const;     // log_bytes at least
   std::size_t parameter_count() const;  // without padding; frozen ones included
   std::size_t shared_bytes() const;     // one copy of weights, optimizer state, journals
   VirtualRange run() const;             // the virtual ranks that this rank computes
@@ -115,10 +148,6 @@ class SharedWeights {
   // The whole training state, for who saves it: unchanged between update() and decide().
   std::vector<StateTensor> state_tensors() const;
   std::vector<std::uint64_t> group_steps() const;  // updates that each group has made
-  // Collective; between steps. fill(): rank 0 writes state_tensors(); then the committed step is
-  // `step`.
-  void restore(std::uint64_t step, std::span<const std::uint64_t> group_steps,
-               const std::function<void(std::span<const StateTensor>)>& fill);
 
   // Collective; between steps. edit() runs on rank 0 alone, where alone weights can be written
   // then; other writes end the process with a message.

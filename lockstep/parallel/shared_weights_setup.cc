@@ -5,7 +5,10 @@
 #include <algorithm>
 
 #include "lockstep/bridge/dtypes.h"
+#include "lockstep/memory/generation_board.h"
 #include "lockstep/parallel/shared_weights_state.h"
+#include "lockstep/parallel/text_of_rank_0.h"
+#include "lockstep/update/recovery.h"
 
 namespace lockstep {
 namespace {
@@ -84,38 +87,86 @@ SharedWeights::State::State(torch::nn::Module& module, const World& w,
   float_buffers = tensors_of(parts.float_buffers);
   spec = spec_of(parts, parameters, buffers, given);
   check(spec);
-  const int virtual_ranks = o.virtual_ranks == 0 ? world.size() : o.virtual_ranks;
-  tree = tree_layout(virtual_ranks, world.size());
-  losses.resize(static_cast<std::size_t>(virtual_ranks));
+  kept = o.kept ? *o.kept : world.claim_kept();
+  segment = world.segment();
 }
 
-// One rank makes the memory, with its own values; the others find it.
-void SharedWeights::State::place_weights(Group& ranks) {
-  segment = world.segment();
-  if (!segment) segment = Segment::create({.seats = 1});
-  const SharedLayout layout = SharedLayout::of(spec, world.size(), integers.bytes());
-  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  const std::size_t bytes = layout.total_bytes() + frozen.bytes();
-  std::uint64_t place = 0;
-  if (world.rank() == 0) {
-    const auto room = segment->allocate(0, bytes + page, "the shared weights");
-    const auto offset = static_cast<std::size_t>(segment->offset_of(room.data()));
-    memory = room.subspan((offset + page - 1) / page * page - offset, bytes);
-    shared = SharedState::create(memory, spec, layout, first_record(spec));
-    const auto weights = std::as_writable_bytes(shared->weights());
-    copy_into(weights.first(parameters.bytes()), parameters, trained);
-    copy_into(frozen_bytes(), frozen, tensors_of(parts.frozen));
-    copy_buffers_home(0);
-    place = static_cast<std::uint64_t>(segment->offset_of(memory.data()));
-  }
-  ranks.broadcast(std::as_writable_bytes(std::span(&place, 1)), Dtype::int64, 0,
-                  {.tag = "shared weights"});
-  if (world.rank() != 0) {
-    memory = segment->at(0, place, bytes);
-    shared = SharedState::attach(memory, layout);
-  }
-  last = shared->record(0, spec);
+// Rank 0 makes the memory, with its own values, unless the job has it already.
+void SharedWeights::State::place_weights(const InitialState* initial) {
+  const SharedLayout layout =
+      SharedLayout::of(spec, segment->seats(), integers.bytes() + options.note_bytes);
+  const std::size_t bytes =
+      (layout.total_bytes() + frozen.bytes() + 63) / 64 * 64 + options.log_bytes;
+  origin.found = !text_of_rank_0(world, [&]() -> std::string {
+                    const auto found = lockstep::kept(*segment, kept);
+                    if (found && found->state == KeptState::whole) return "found";
+                    if (found && found->state == KeptState::edited && initial == nullptr)
+                      throw Error(
+                          "the shared weights were being edited when rank 0 died, and there "
+                          "is no checkpoint");
+                    make_weights(layout, bytes, initial);
+                    set_kept_state(*segment, kept, KeptState::whole);
+                    return "";
+                  }).empty();
+  const auto found = lockstep::kept(*segment, kept);
+  if (!found || found->memory.size() < bytes)
+    throw Error(
+        fmt::format("the shared weights have {} bytes, this module needs {}: every worker "
+                    "needs the same module and optimizer",
+                    found ? found->memory.size() : 0, bytes));
+  memory = found->memory;
+  shared = SharedState::attach(memory, layout);
+  last = shared->record(shared->committed(), spec);
   updater.emplace(spec, *shared);
+}
+
+void SharedWeights::State::make_weights(const SharedLayout& layout, std::size_t bytes,
+                                        const InitialState* initial) {
+  const int virtual_ranks = options.virtual_ranks == 0 ? world.size() : options.virtual_ranks;
+  last = first_record(spec, virtual_ranks);
+  if (initial != nullptr) {
+    last.step = initial->step;
+    if (initial->group_steps.size() != groups.size())
+      throw ConfigError(
+          fmt::format("the state to begin with is of {} parameter groups, here are {}",
+                      initial->group_steps.size(), groups.size()),
+          "go on with the optimizer that it was saved with");
+    for (std::size_t i = 0; i < groups.size(); ++i)
+      last.groups.items[i].steps = initial->group_steps[i];
+  }
+  memory = keep(*segment, kept, bytes, "the shared weights");
+  shared = SharedState::create(memory, spec, layout, last);
+  const auto weights = std::as_writable_bytes(shared->weights());
+  copy_into(weights.first(parameters.bytes()), parameters, trained);
+  copy_into(frozen_bytes(), frozen, tensors_of(parts.frozen));
+  copy_buffers_home(last.step);
+  if (initial != nullptr) initial->fill(state_tensors(), note(last.step), log());
+}
+
+// What the last generation had decided is made whole, by all of this one.
+void SharedWeights::State::finish_old_step() {
+  const RecoveryState found = recovery_state(*shared, spec);
+  const RecoveryPlan plan = plan_recovery(found, static_cast<std::size_t>(world.size()));
+  origin.reason = plan.reason;
+  origin.finished_step = plan.action == RecoveryPlan::Action::finish;
+  if (origin.finished_step) {
+    last = shared->record(found.decided, spec);
+    std::vector<std::span<const float>> ranks;
+    for (std::size_t rank = 0; rank < last.places.size; ++rank) {
+      const int slots =
+          std::max(1, plan_accumulation(last.runs.items[rank], int(last.losses.size)).slots);
+      const std::size_t count = static_cast<std::size_t>(slots) * spec.elements;
+      const std::uint64_t place = last.places.items[rank];
+      const auto bytes = segment->at(place, count * sizeof(float));
+      if (place % alignof(float) != 0)
+        throw Error(fmt::format("the record of step {} is damaged: a contribution at {}", last.step,
+                                place));
+      ranks.push_back({reinterpret_cast<const float*>(bytes.data()), count});
+    }
+    recover(*updater, plan, static_cast<std::size_t>(world.rank()), {ranks, spec.elements});
+  }
+  group().barrier({.tag = "recovery"});
+  if (origin.finished_step) shared->commit(last);
 }
 
 void SharedWeights::State::point_module() {
@@ -141,27 +192,25 @@ void SharedWeights::State::point_module() {
 }
 
 void SharedWeights::State::place_contributions() {
-  int most = 1;  // symmetric memory: as much as any rank needs
-  for (const VirtualRange& one : tree.runs)
-    most = std::max(most, plan_accumulation(one, tree.virtual_ranks).slots);
-  plan = plan_accumulation(run(), tree.virtual_ranks);
-  contributed = maximal_subtrees(run(), tree.virtual_ranks).size();
+  const int virtual_ranks = static_cast<int>(last.losses.size);
+  tree = tree_layout(virtual_ranks, world.size());
+  losses.resize(static_cast<std::size_t>(virtual_ranks));
+  int most = 1;  // as much as any rank needs in any generation
+  for (int size = world.least_size(); size <= std::min(world.most_size(), virtual_ranks); ++size)
+    for (const VirtualRange& one : partition_virtual_ranks(virtual_ranks, size))
+      most = std::max(most, plan_accumulation(one, virtual_ranks).slots);
+  plan = plan_accumulation(run(), virtual_ranks);
+  contributed = maximal_subtrees(run(), virtual_ranks).size();
   const std::size_t count = static_cast<std::size_t>(most) * spec.elements;
-  slots = group().allocate(count * sizeof(float), "gradients");
-  const auto ranks = static_cast<std::size_t>(world.size());
-  std::vector<std::int64_t> places(ranks);
-  const std::int64_t mine = segment->offset_of(slots.data());
+  // They outlive the group: whoever finishes the step in the next generation reads them.
+  slots = world.lasting(slots_name(), count * sizeof(float));
+  const auto mine = static_cast<std::uint64_t>(segment->offset_of(slots.data()));
+  places.resize(static_cast<std::size_t>(world.size()));
   group().all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(places)),
                      Dtype::int64, {.tag = "gradients"});
-  for (std::size_t rank = 0; rank < ranks; ++rank) {
-    const std::byte* theirs = slots.data();
-    if (rank != static_cast<std::size_t>(world.rank()))
-      theirs =
-          segment
-              ->at(static_cast<int>(rank), static_cast<std::uint64_t>(places[rank]), slots.size())
-              .data();
-    contributions.push_back({reinterpret_cast<const float*>(theirs), count});
-  }
+  for (const std::uint64_t place : places)
+    contributions.push_back(
+        {reinterpret_cast<const float*>(segment->at(place, slots.size()).data()), count});
   direct.emplace(trained);
 }
 

@@ -34,10 +34,14 @@ struct RankNumbers {
   std::span<double> options;     // a digest of its optimizers' options
   std::span<double> integers;    // a digest of its buffers of other types; 0: it had no samples
   std::span<double> magnitudes;  // of its contributions
+  std::span<double> moves;       // whether it has seen that the next generation is due
+  std::span<double> stops;       // whether it has been asked to stop
   explicit RankNumbers(std::span<double> all)
-      : options(all.first(all.size() / 3)),
+      : options(all.first(all.size() / 5)),
         integers(all.subspan(options.size(), options.size())),
-        magnitudes(all.last(options.size())) {}
+        magnitudes(all.subspan(2 * options.size(), options.size())),
+        moves(all.subspan(3 * options.size(), options.size())),
+        stops(all.last(options.size())) {}
 };
 
 inline void copy_bytes(std::span<std::byte> to, std::span<const std::byte> from) {
@@ -57,7 +61,9 @@ struct SharedWeights::State {
   UpdateSpec spec;
   std::vector<OptimizerOptions> groups;
 
-  std::span<std::byte> memory;  // of the node: the shared state, then the frozen parameters
+  int kept = 0;
+  WeightsOrigin origin;
+  std::span<std::byte> memory;  // of the node: the shared state, frozen parameters, the log
   std::optional<SharedState> shared;
   std::shared_ptr<ReadOnlyView> view;  // from the weights on
   std::optional<SliceUpdate> updater;
@@ -67,6 +73,7 @@ struct SharedWeights::State {
   TreeLayout tree;
   AccumulatePlan plan;
   std::span<std::byte> slots;
+  std::vector<std::uint64_t> places;                  // of the contributions, by rank
   std::vector<std::span<const float>> contributions;  // by rank
   std::size_t contributed = 0;                        // slots that this rank hands in
   std::optional<DirectGradients> direct;
@@ -87,6 +94,15 @@ struct SharedWeights::State {
   std::span<std::byte> frozen_bytes() const {
     return memory.subspan(shared->layout().total_bytes(), frozen.bytes());
   }
+  std::string slots_name() const { return "gradients " + std::to_string(kept); }
+  // It holds words that are changed at once.
+  std::size_t log_offset() const {
+    return (shared->layout().total_bytes() + frozen.bytes() + 63) / 64 * 64;
+  }
+  std::span<std::byte> log() const { return memory.subspan(log_offset()); }
+  std::span<std::byte> note(std::uint64_t step) const {
+    return shared->buffers(step).last(options.note_bytes);
+  }
   // Of integer buffer `i` after `step`.
   std::span<std::byte> integer_home(std::uint64_t step, std::size_t i) const {
     return shared->buffers(step).subspan(integers.entries[i].offset, integers.entries[i].count);
@@ -96,8 +112,10 @@ struct SharedWeights::State {
     return weights.subspan(parameters.bytes(), buffers.bytes());
   }
 
-  void place_weights(Group& ranks);
+  void place_weights(const InitialState* initial);
+  void make_weights(const SharedLayout& layout, std::size_t bytes, const InitialState* initial);
   void point_module();
+  void finish_old_step();
   void place_contributions();
   void copy_buffers_home(std::uint64_t step);
   void refresh_integers();

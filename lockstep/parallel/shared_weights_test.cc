@@ -252,15 +252,20 @@ TEST(SharedWeights, GoOnFromARestoredState) {
     steps(whole, unbroken, 0, 4);
     SharedWeights before(*first, world, Adam{});
     steps(before, first, 0, 2);
-    SharedWeights after(*second, world, Adam{});
     const auto saved = before.state_tensors();
-    after.restore(2, before.group_steps(), [&](std::span<const StateTensor> tensors) {
-      ASSERT_EQ(tensors.size(), saved.size());
-      for (std::size_t i = 0; i < tensors.size(); ++i) {
-        EXPECT_EQ(tensors[i].name, saved[i].name);
-        std::ranges::copy(saved[i].bytes, tensors[i].bytes.begin());
-      }
-    });
+    const InitialState initial{.step = 2,
+                               .group_steps = before.group_steps(),
+                               .fill = [&](std::span<const StateTensor> tensors,
+                                           std::span<std::byte> note, std::span<std::byte> log) {
+                                 EXPECT_EQ(note.size(), 8u);
+                                 EXPECT_EQ(log.size(), 100u);
+                                 ASSERT_EQ(tensors.size(), saved.size());
+                                 for (std::size_t i = 0; i < tensors.size(); ++i) {
+                                   EXPECT_EQ(tensors[i].name, saved[i].name);
+                                   std::ranges::copy(saved[i].bytes, tensors[i].bytes.begin());
+                                 }
+                               }};
+    SharedWeights after(*second, world, Adam{}, {.note_bytes = 8, .log_bytes = 100}, &initial);
     steps(after, second, 2, 4);
     EXPECT_EQ(after.committed_step(), 4u);
     for (std::size_t i = 0; i < whole.state().size(); ++i)

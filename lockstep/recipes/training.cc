@@ -105,7 +105,8 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
                      const std::vector<NamedTensor>& extra_tensors) {
   const Clock::time_point started = Clock::now();
   const TrainerOptions options = trainer_options(job, {}, {});
-  PhaseTimer timer(world.group());
+  world.join();
+  PhaseTimer timer(world);
   std::vector<NamedTensor> tensors = named_parameters(*task.module);
   const auto count = [&] {
     std::size_t sum = 0;
@@ -114,8 +115,9 @@ void fit_closed_form(const World& world, const Job& job, const Dataset& train_ro
   }();
   tensors.insert(tensors.end(), extra_tensors.begin(), extra_tensors.end());
   Snapshots snapshots(world, tensors);
-  world.events().emit(
-      ready_event(world, train.size(), test == nullptr ? 0 : test->size(), count, 1, 1));
+  if (world.rank() == 0)
+    world.events().emit(
+        ready_event(world, train.size(), test == nullptr ? 0 : test->size(), count, 1, 1));
   const LinearSolution solution = solve_normal_equations(world, train_rows, options.virtual_ranks);
   for (const NamedTensor& named : named_parameters(*task.module)) {
     float* out = named.tensor.mutable_data_ptr<float>();

@@ -15,21 +15,21 @@ namespace {
 // The word that is even while the snapshot behind it is whole. Read by a write that changes
 // nothing, which orders it after the reads before it (Boehm, "Can Seqlocks Get Along With
 // Programming Language Memory Models?", 2012, section 4).
-std::uint64_t sequence_at(const Segment& segment, int rank, std::uint64_t offset) {
-  const std::span<std::byte> bytes = segment.at(rank, offset, sizeof(std::uint64_t));
+std::uint64_t sequence_at(const Segment& segment, std::uint64_t offset) {
+  const std::span<std::byte> bytes = segment.at(offset, sizeof(std::uint64_t));
   if (reinterpret_cast<std::uintptr_t>(bytes.data()) % alignof(std::uint64_t) != 0)
     throw Error(fmt::format("broken snapshot: its sequence word at {} is not aligned", offset));
   auto* word = reinterpret_cast<std::uint64_t*>(bytes.data());
   return std::atomic_ref(*word).fetch_add(0, std::memory_order_acq_rel);
 }
 
-TensorView view_of(const nlohmann::json& tensor, const Segment& segment, int rank) {
+TensorView view_of(const nlohmann::json& tensor, const Segment& segment) {
   const auto& name = tensor.at("dtype").get_ref<const std::string&>();
   const auto dtype = dtype_from_name(name);
   if (!dtype) throw Error("broken snapshot: unknown element type " + name);
   return {tensor.at("name").get<std::string>(), *dtype,
           tensor.at("shape").get<std::vector<std::int64_t>>(),
-          segment.at(rank, tensor.at("offset").get<std::uint64_t>(),
+          segment.at(tensor.at("offset").get<std::uint64_t>(),
                      tensor.at("nbytes").get<std::uint64_t>())};
 }
 
@@ -41,11 +41,11 @@ void SnapshotSaver::save() {
   if (pending_.is_null()) return;
   const nlohmann::json event = std::exchange(pending_, nullptr);
   const std::uint64_t sequence = event.at("sequence"), offset = event.at("sequence_offset");
-  if (sequence % 2 != 0 || sequence_at(*segment_, rank_, offset) != sequence) return;
+  if (sequence % 2 != 0 || sequence_at(*segment_, offset) != sequence) return;
   std::vector<TensorView> tensors;
   std::size_t total = 0;
   for (const nlohmann::json& tensor : event.at("tensors")) {
-    tensors.push_back(view_of(tensor, *segment_, rank_));
+    tensors.push_back(view_of(tensor, *segment_));
     total += tensors.back().bytes.size();
   }
   std::vector<std::byte> copy(total);
@@ -55,7 +55,7 @@ void SnapshotSaver::save() {
     tensor.bytes = {end, tensor.bytes.size()};
     end += tensor.bytes.size();
   }
-  if (sequence_at(*segment_, rank_, offset) != sequence) return;
+  if (sequence_at(*segment_, offset) != sequence) return;
   sha256_ = with_free_space_note(file_, [&] { return write_safetensors(file_, tensors); });
 }
 

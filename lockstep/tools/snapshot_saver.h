@@ -16,10 +16,7 @@ class SnapshotSaver {
   SnapshotSaver(std::filesystem::path file, std::shared_ptr<Segment> segment)
       : file_(std::move(file)), segment_(std::move(segment)) {}
 
-  void take(int rank, const nlohmann::json& event) {
-    rank_ = rank;
-    pending_ = event;
-  }
+  void take(const nlohmann::json& event) { pending_ = event; }
   // Writes the snapshot last taken, if it has not been written. Throws Error: it does not lie in
   // the segment, the file cannot be written.
   void save();
@@ -31,7 +28,6 @@ class SnapshotSaver {
   std::filesystem::path file_;
   std::shared_ptr<Segment> segment_;
   nlohmann::json pending_;
-  int rank_ = 0;  // that sent it
   std::string sha256_;
 };
 

@@ -131,20 +131,10 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
               .title = title_of(job),
               .clock = monotonic_seconds,
               .print = print});
-  const auto take = [&](int rank, const nlohmann::json& event) {
-    if (event.at("event") == "snapshot") snapshots.take(rank, event);
-    log.on_event(rank, event);
-  };
-  int ready = 0;
-  std::vector<std::pair<int, nlohmann::json>> early;
   run.on_event = [&](int rank, const nlohmann::json& event) {
-    const bool says_ready = event.at("event") == "ready";
-    // Each worker has a pipe of its own: one's first steps may be read before another's "ready".
-    if (ready < workers && !says_ready) return void(early.emplace_back(rank, event));
-    if (says_ready && ++ready == workers) folder.begin(to_toml(job));
-    take(rank, event);
-    if (ready < workers) return;
-    for (const auto& [from, held] : std::exchange(early, {})) take(from, held);
+    if (event.at("event") == "snapshot") snapshots.take(event);
+    if (event.at("event") == "ready" && !log.files_made()) folder.begin(to_toml(job));
+    log.on_event(rank, event);
   };
   run.on_line = [&](int rank, bool error, std::string_view line) {
     const std::string text = fmt::format("[rank {}] {}", rank, line);

@@ -57,7 +57,8 @@ int run(const std::string& command) {
   const Environment environment = process_environment();
   const Job job = parse_job(required(environment, "LOCKSTEP_JOB"), "LOCKSTEP_JOB");
   const World world = init({.timeout = std::chrono::duration_cast<Clock::duration>(
-                                std::chrono::duration<double>(job.workers.timeout_s))});
+                                std::chrono::duration<double>(job.workers.timeout_s)),
+                            .join = command != "train"});  // once data and model are there
   const auto failed = [&](const char* kind, const std::exception& error, int status) {
     world.events().emit(
         {{"event", "error"}, {"rank", world.rank()}, {"kind", kind}, {"message", error.what()}});

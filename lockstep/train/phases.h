@@ -5,7 +5,7 @@
 #include <string_view>
 
 #include "lockstep/base/deadline.h"
-#include "lockstep/collective/group.h"
+#include "lockstep/cluster/world.h"
 
 namespace lockstep {
 
@@ -20,18 +20,21 @@ double cpu_seconds();
 // except what the group spent waiting for other ranks meanwhile.
 class PhaseTimer {
  public:
-  explicit PhaseTimer(const Group& group)
-      : group_(group), last_(started_), waited_(group.statistics().waiting) {}
+  explicit PhaseTimer(World world)
+      : world_(std::move(world)), last_(started_), waited_(world_.group().statistics().waiting) {}
 
   // The time since the last mark was spent in `phase`.
   void mark(Phase phase) {
+    world_.made_progress();
     const Clock::time_point now = Clock::now();
-    const Clock::duration waited = group_.statistics().waiting;
+    const Clock::duration waited = world_.group().statistics().waiting;
     spent(phase) += now - last_ - (waited - waited_);
     spent(Phase::waiting) += waited - waited_;
     last_ = now;
     waited_ = waited;
   }
+  // The world has another group.
+  void enter_generation() { waited_ = world_.group().statistics().waiting; }
   double seconds_in(Phase phase) const { return seconds(spent_[static_cast<std::size_t>(phase)]); }
   double total_seconds() const { return seconds(Clock::now() - started_); }
   double total_cpu_seconds() const { return cpu_seconds() - cpu_at_start_; }
@@ -39,7 +42,7 @@ class PhaseTimer {
  private:
   Clock::duration& spent(Phase phase) { return spent_[static_cast<std::size_t>(phase)]; }
 
-  const Group& group_;
+  const World world_;
   const Clock::time_point started_ = Clock::now();
   const double cpu_at_start_ = cpu_seconds();
   std::array<Clock::duration, kPhaseNames.size()> spent_{};

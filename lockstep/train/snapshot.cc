@@ -17,18 +17,18 @@ constexpr std::size_t kAlignment = 64;
 
 Snapshots::Snapshots(const World& world, const std::vector<NamedTensor>& tensors)
     : world_(world), tensors_(tensors) {
-  if (!world.has_agent() || world.segment() == nullptr) return;
+  if (!world.has_agent() || world.rank() != 0) return;
   std::size_t bytes = kAlignment;  // the sequence word
   for (const NamedTensor& named : tensors_) {
     offsets_.push_back(bytes);
     bytes += (named.tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
   }
-  for (int i = 0; i < 2; ++i)
-    areas_.push_back(world.segment()->allocate(world.local_rank(), bytes, "snapshot of the model"));
+  for (const char* name : {"a snapshot of the model", "another snapshot of the model"})
+    areas_.push_back(world.lasting(name, bytes));
 }
 
 void Snapshots::write(std::int64_t epoch) {
-  if (areas_.empty() || world_.rank() != 0) return;
+  if (areas_.empty()) return;
   const std::span<std::byte> area = areas_[writes_ % areas_.size()];
   const std::uint64_t sequence = 2 * ++writes_;
   std::atomic_ref<std::uint64_t> word(*reinterpret_cast<std::uint64_t*>(area.data()));

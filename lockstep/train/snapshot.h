@@ -15,8 +15,7 @@ namespace lockstep {
 
 class Snapshots {
  public:
-  // Reserves both areas; all ranks alike. Without an agent nothing is reserved and write() does
-  // nothing.
+  // Rank 0 reserves both areas. Elsewhere, and without an agent, write() does nothing.
   Snapshots(const World& world, const std::vector<NamedTensor>& tensors);
   // Copies the tensors' present values and tells the agent.
   void write(std::int64_t epoch);

@@ -19,7 +19,7 @@ StepExecutor::StepExecutor(const Task& task, SharedWeights& weights, const Batch
       options_(options),
       timer_(timer) {}
 
-StepOutcome StepExecutor::run(const Step& step, const Ledger::Epoch& order) {
+StepOutcome StepExecutor::decide(const Step& step, const Ledger::Epoch& order) {
   const std::uint64_t count = pieces(step);
   weights_.compute([&](int virtual_rank) { return compute(step, order, virtual_rank, count); });
   timer_.mark(Phase::backward);
@@ -37,9 +37,12 @@ StepOutcome StepExecutor::run(const Step& step, const Ledger::Epoch& order) {
                             error.what(), kept));
   }
   timer_.mark(Phase::communication);
-  weights_.update();
-  timer_.mark(Phase::optimizer);
   return outcome;
+}
+
+void StepExecutor::update(std::span<const std::byte> note) {
+  weights_.update(note);
+  timer_.mark(Phase::optimizer);
 }
 
 // As many on every virtual rank that has samples, so that what counts batches (batch norm) agrees.

@@ -23,9 +23,10 @@ class StepExecutor {
     double lr = 0;
     bool measure = false;  // the gradient's norm
   };
-  // Throws Error naming step and rank when a loss or a gradient is not finite; nothing has been
-  // updated then.
-  StepOutcome run(const Step& step, const Ledger::Epoch& order);
+  // Computes; the step's outcome is fixed. Throws Error naming step and rank when a loss or a
+  // gradient is not finite; nothing has been updated then.
+  StepOutcome decide(const Step& step, const Ledger::Epoch& order);
+  void update(std::span<const std::byte> note);
 
  private:
   std::uint64_t pieces(const Step& step) const;

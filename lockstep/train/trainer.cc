@@ -8,8 +8,10 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/data/ledger.h"
+#include "lockstep/memory/generation_board.h"
 #include "lockstep/observe/event.h"
 #include "lockstep/train/events.h"
+#include "lockstep/train/kept_progress.h"
 #include "lockstep/train/phases.h"
 #include "lockstep/train/progress.h"
 #include "lockstep/train/snapshot.h"
@@ -21,14 +23,27 @@ namespace {
 
 constexpr Clock::duration kProgressInterval = std::chrono::milliseconds(100);
 constexpr const char* kByCallback = "a callback";
+constexpr const char* kPreempted = "the job was asked to stop";
 
-// One fit(): the state that its parts share.
+// What one rank's fit() keeps from one generation to the next.
+struct Session {
+  explicit Session(const World& world) : timer(world), kept(world.claim_kept()) {}
+  PhaseTimer timer;
+  const int kept;  // of the shared weights
+  std::optional<CheckpointWriter> checkpoints;
+  bool in_step = false;  // computing one that is not committed
+  bool first_step = true;
+  std::int64_t epochs_called_back = 0;
+};
+
+// fit() in one generation: the state that its parts share.
 class Run {
  public:
   Run(const World& world, const TrainerOptions& options, const Task& task,
       const OptimizerOptions& optimizer, const Schedule& schedule, const BatchSource& train,
-      const BatchSource* test, const FoundCheckpoint& found);
-  FitReport go();
+      const BatchSource* test, const FoundCheckpoint& found, Session& session);
+  // Nothing: the next generation is due.
+  std::optional<FitReport> go();
 
  private:
   // Both say why training ends, "": it goes on. After run_steps() an epoch may be incomplete.
@@ -38,28 +53,31 @@ class Run {
   void evaluate_into(EpochSummary& summary);
   bool any_rank_stops(bool goes_on);
   void save_epoch(const std::string& reason);
+  void write_snapshot();
   nlohmann::json ready() const;
+  void take_up();
   void report_step(const StepOutcome& result);
   void report_epoch();
 
   const World& world_;
-  const TrainerOptions& options_;
   const Task& task_;
   const Schedule& schedule_;
   const BatchSource& train_;
   const BatchSource* test_;
   const FoundCheckpoint& found_;
-  PhaseTimer timer_;
+  Session& session_;
   SharedWeights weights_;
+  const TrainerOptions options_;  // with the number of virtual ranks that these weights have
   Ledger ledger_;
   StepExecutor executor_;
   Snapshots snapshots_;
-  CheckpointWriter checkpoints_;
   Progress progress_;
-  bool stopped_ = false;    // by a callback
-  bool first_step_ = true;  // of this process
-  double lr_ = 0;           // of the last step
-  double loss_ = 0;         // of the last step, its mean
+  bool stopped_ = false;          // by a callback
+  bool next_generation_ = false;  // is due
+  bool preempted_ = false;
+  nlohmann::json recovered_;  // what to tell once a step is committed; null: nothing
+  double lr_ = 0;             // of the last step
+  double loss_ = 0;           // of the last step, its mean
   Clock::time_point next_progress_{};
 };
 
@@ -76,65 +94,112 @@ JobSettings settings(const TrainerOptions& options, const OptimizerOptions& opti
                      test == nullptr ? 0 : test->size());
 }
 
+SharedWeights make_weights(const World& world, const TrainerOptions& options, const Task& task,
+                           const OptimizerOptions& optimizer, const FoundCheckpoint& found,
+                           int kept) {
+  std::int64_t epochs = options.epochs;
+  if (options.max_steps > 0) epochs = std::min(epochs, options.max_steps);
+  epochs = std::max(epochs, static_cast<std::int64_t>(found.progress.epochs.size()));
+  const InitialState initial = initial_state(found);
+  return SharedWeights(*task.module, world, optimizer,
+                       {.virtual_ranks = options.virtual_ranks,
+                        .clip_grad_norm = options.clip_grad_norm,
+                        .note_bytes = sizeof(StepNote),
+                        .log_bytes = epoch_log_bytes(epochs),
+                        .kept = kept},
+                       found.path.empty() ? nullptr : &initial);
+}
+
+TrainerOptions with_virtual_ranks(TrainerOptions options, int virtual_ranks) {
+  options.virtual_ranks = virtual_ranks;
+  return options;
+}
+
 Run::Run(const World& world, const TrainerOptions& options, const Task& task,
          const OptimizerOptions& optimizer, const Schedule& schedule, const BatchSource& train,
-         const BatchSource* test, const FoundCheckpoint& found)
+         const BatchSource* test, const FoundCheckpoint& found, Session& session)
     : world_(world),
-      options_(options),
       task_(task),
       schedule_(schedule),
       train_(train),
       test_(test),
       found_(found),
-      timer_(world.group()),
-      weights_(*task.module, world, optimizer,
-               {.virtual_ranks = options.virtual_ranks, .clip_grad_norm = options.clip_grad_norm}),
+      session_(session),
+      weights_(make_weights(world, options, task, optimizer, found, session.kept)),
+      options_(with_virtual_ranks(options, weights_.virtual_ranks())),
       ledger_({.samples = train.size(),
                .global_batch_size = static_cast<std::uint64_t>(options.global_batch_size),
-               .virtual_ranks = options.virtual_ranks,
+               .virtual_ranks = options_.virtual_ranks,
                .seed = options.seed,
                .shuffle = options.shuffle,
                .partition = options.partition}),
-      executor_(task, weights_, train, ledger_, options, timer_),
+      executor_(task, weights_, train, ledger_, options_, session.timer),
       snapshots_(world, snapshot_tensors(weights_, options)),
-      checkpoints_(world, options, settings(options, optimizer, schedule, train, test)) {
-  if (found.path.empty()) return;
-  restore(world, found, weights_);
-  progress_ = found.progress;
+      progress_(progress_from(weights_.note(), weights_.log())) {
+  if (progress_.step > 0) lr_ = learning_rate(schedule_, progress_.step - 1);
+  if (!session.checkpoints)
+    session.checkpoints.emplace(world, options_,
+                                settings(options_, optimizer, schedule, train, test));
+  if (world.generation() > 0) take_up();
 }
 
-FitReport Run::go() {
-  world_.events().emit(ready());
+// In a later generation: what it begins with, and what of the last one's is done again.
+void Run::take_up() {
+  std::int32_t redone = session_.in_step && !weights_.origin().finished_step ? 1 : 0;
+  session_.in_step = false;
+  world_.group().all_reduce(std::as_writable_bytes(std::span(&redone, 1)), Dtype::int32,
+                            Reduction::max, {.tag = "what is done again"});
+  recovered_ = {{"event", "recovered"},
+                {"generation", world_.generation()},
+                {"steps_redone", redone},
+                {"source", weights_.origin().found ? "segment"
+                           : found_.path.empty()   ? "start"
+                                                   : "checkpoint"},
+                {"reason", weights_.origin().reason}};
+}
+
+std::optional<FitReport> Run::go() {
+  if (world_.rank() == 0) world_.events().emit(ready());
   task_.module->train();
   std::string reason;
   if (progress_.step_of_epoch == 0 && !progress_.epochs.empty())
-    reason = stop_reason(options_, progress_.epochs);  // resumed at its end
-  if (!reason.empty()) snapshots_.write(static_cast<std::int64_t>(progress_.epochs.size()));
+    reason = stop_reason(options_, progress_.epochs);  // taken up at its end
+  if (!reason.empty()) write_snapshot();
   try {
     while (reason.empty()) {
       reason = run_steps();
+      if (next_generation_) return std::nullopt;
       if (reason.empty()) reason = end_epoch();
     }
   } catch (const CommError&) {
     throw;  // Others may have gone on or not: only whole epochs are known to be good.
   } catch (const Error&) {
-    if (weights_.is_finite()) snapshots_.write(static_cast<std::int64_t>(progress_.epochs.size()));
+    if (weights_.is_finite()) write_snapshot();
     throw;
   }
-  checkpoints_.finish();
-  world_.events().emit(rank_event(world_, timer_));
+  session_.checkpoints->finish();
+  world_.events().emit(rank_event(world_, session_.timer));
   const auto epochs = static_cast<std::int64_t>(progress_.epochs.size());
-  if (world_.rank() == 0) world_.events().emit(finished_event(reason, epochs, progress_.step));
+  if (world_.rank() == 0) {
+    nlohmann::json event = finished_event(reason, epochs, progress_.step);
+    if (preempted_) event["preempted"] = true;
+    world_.events().emit(event);
+  }
+  // Nobody goes who may have to take another's part.
+  if (world_.is_elastic()) world_.group().barrier({.tag = "the end"});
   FitReport report{.epochs = progress_.epochs,
                    .steps = progress_.step,
                    .stopped_because = reason,
                    .resumed_step = found_.progress.step,
                    .broken_checkpoints = found_.broken,
-                   .best_epoch = {}};
+                   .best_epoch = {},
+                   .preempted = preempted_};
   if (const auto best = best_epoch(options_, progress_.epochs))
     report.best_epoch = progress_.epochs[*best].epoch;
   return report;
 }
+
+void Run::write_snapshot() { snapshots_.write(static_cast<std::int64_t>(progress_.epochs.size())); }
 
 // The rest of the epoch under way.
 std::string Run::run_steps() {
@@ -153,13 +218,15 @@ std::string Run::run_steps() {
         options_.callbacks.on_step && any_rank_stops(options_.callbacks.on_step(summary));
     const std::int64_t every = options_.checkpoint_every_steps;
     // At the end of an epoch it is saved with the epoch.
-    if (!last && (stops || (every > 0 && progress_.step % every == 0)))
-      checkpoints_.save(weights_, progress_, /*always=*/true);
+    if (!last && (stops || preempted_ || (every > 0 && progress_.step % every == 0)))
+      session_.checkpoints->save(weights_, progress_, /*always=*/true);
     stopped_ = stops;
-    if (stops && !last) {
-      snapshots_.write(static_cast<std::int64_t>(progress_.epochs.size()));
-      return kByCallback;
+    if (last) break;
+    if (stops || preempted_) {
+      write_snapshot();
+      return preempted_ ? kPreempted : kByCallback;
     }
+    if (next_generation_) break;
   }
   return "";
 }
@@ -167,14 +234,15 @@ std::string Run::run_steps() {
 void Run::run_step(const Ledger::Epoch& order, bool last) {
   const Clock::time_point started = Clock::now();
   lr_ = learning_rate(schedule_, progress_.step);
+  session_.in_step = true;
   const StepOutcome result =
-      executor_.run({.epoch = progress_.epochs.size(),
-                     .of_epoch = progress_.step_of_epoch,
-                     .number = progress_.step,
-                     .lr = lr_,
-                     // The norm costs a pass over the gradients: now and then.
-                     .measure = last || progress_.step % 32 == 0},
-                    order);
+      executor_.decide({.epoch = progress_.epochs.size(),
+                        .of_epoch = progress_.step_of_epoch,
+                        .number = progress_.step,
+                        .lr = lr_,
+                        // The norm costs a pass over the gradients: now and then.
+                        .measure = last || progress_.step % 32 == 0},
+                       order);
   progress_.samples += ledger_.batch_size(progress_.step_of_epoch);
   ++progress_.step;
   ++progress_.step_of_epoch;
@@ -182,6 +250,11 @@ void Run::run_step(const Ledger::Epoch& order, bool last) {
   progress_.weight += result.weight;
   progress_.gradient_norm = result.gradient_norm.value_or(progress_.gradient_norm);
   progress_.seconds += seconds(Clock::now() - started);
+  const StepNote note = note_of(progress_);
+  executor_.update(std::as_bytes(std::span(&note, 1)));
+  session_.in_step = false;
+  next_generation_ = result.next_generation;
+  preempted_ = result.stop;
   loss_ = result.weight > 0 ? result.loss_sum / result.weight : 0.0;
   report_step(result);
 }
@@ -200,12 +273,19 @@ std::string Run::end_epoch() {
   progress_.loss = progress_.weight = progress_.seconds = 0;
   report_epoch();
   std::string reason = stop_reason(options_, progress_.epochs);
-  if (options_.callbacks.on_epoch) stopped_ |= any_rank_stops(options_.callbacks.on_epoch(summary));
+  if (options_.callbacks.on_epoch) {
+    // Where an epoch's end is done again, the callback is not.
+    const bool again = std::exchange(session_.epochs_called_back, summary.epoch) == summary.epoch;
+    stopped_ |= any_rank_stops(again || options_.callbacks.on_epoch(summary));
+  }
   if (stopped_ && reason.empty()) reason = kByCallback;
+  if (preempted_ && reason.empty()) reason = kPreempted;
+  preempted_ = reason == kPreempted;
   if (weights_.is_finite()) {  // else the next step says so, and ends
-    snapshots_.write(summary.epoch);
+    write_snapshot();
     save_epoch(reason);
   }
+  if (world_.rank() == 0) write_log(weights_.log(), progress_.epochs);
   return reason;
 }
 
@@ -217,7 +297,7 @@ void Run::evaluate_into(EpochSummary& summary) {
   summary.has_accuracy = static_cast<bool>(task_.correct);
   summary.test_accuracy = evaluation.accuracy;
   summary.evaluation_seconds = seconds(Clock::now() - started);
-  timer_.mark(Phase::evaluation);
+  session_.timer.mark(Phase::evaluation);
 }
 
 // Collective.
@@ -237,20 +317,25 @@ void Run::save_epoch(const std::string& reason) {
   const bool always = !reason.empty() || (steps > 0 && last.step % steps == 0) ||
                       best_epoch(options_, progress_.epochs) == progress_.epochs.size() - 1;
   if (always || (epochs > 0 && last.epoch % epochs == 0))
-    checkpoints_.save(weights_, progress_, always);
+    session_.checkpoints->save(weights_, progress_, always);
 }
 
 nlohmann::json Run::ready() const {
   nlohmann::json event =
       ready_event(world_, train_.size(), test_ == nullptr ? 0 : test_->size(),
                   weights_.parameter_count(), ledger_.steps_per_epoch(), options_.epochs);
-  if (world_.rank() == 0 && !found_.path.empty()) event["resumed"] = to_json(progress_);
+  if (!found_.path.empty() || weights_.origin().found) event["resumed"] = to_json(progress_);
   return event;
 }
 
 void Run::report_step(const StepOutcome& result) {
   if (world_.rank() != 0) return;
-  if (std::exchange(first_step_, false)) world_.events().emit(first_step_event());
+  if (std::exchange(session_.first_step, false)) world_.events().emit(first_step_event());
+  if (!recovered_.is_null()) {
+    recovered_["step"] = progress_.step;
+    recovered_["clock"] = monotonic_clock();
+    world_.events().emit(std::exchange(recovered_, nullptr));
+  }
   const Clock::time_point now = Clock::now();
   if (now < next_progress_) return;
   next_progress_ = now + kProgressInterval;
@@ -292,6 +377,9 @@ void check(const World& world, const TrainerOptions& options, const Task& task,
   if (options.patience > 0 && test == nullptr)
     throw ConfigError("train.patience needs a test set",
                       "split.test = 0.1 holds a tenth of the rows out");
+  if (options.epochs > kMaxEpochs)
+    throw ConfigError(fmt::format("train.epochs = {}: there can be {}", options.epochs, kMaxEpochs),
+                      "train.max_steps and train.tolerance end a run, too");
   if (options.monitor == Monitor::test_accuracy && test != nullptr && !task.correct)
     throw ConfigError("train.monitor = \"test_accuracy\": this loss knows no accuracy",
                       "train.monitor = \"test_loss\"");
@@ -299,7 +387,6 @@ void check(const World& world, const TrainerOptions& options, const Task& task,
 
 // What becomes of a folder with checkpoints, or without: said to the agent, else on stderr.
 void tell(const World& world, const FoundCheckpoint& found, bool resume) {
-  if (world.rank() != 0) return;
   std::vector<std::string> lines;
   for (const std::string& broken : found.broken) lines.push_back("skipped: " + broken);
   const std::size_t epochs = found.progress.epochs.size();
@@ -328,7 +415,7 @@ FoundCheckpoint find(const World& world, const TrainerOptions& options) {
   if (!options.resume && !found.path.empty())
     throw ConfigError(fmt::format("{}: a checkpoint of an earlier run", found.path),
                       "resume it, or name another folder");
-  tell(world, found, options.resume);
+  if (world.rank() == 0) tell(world, found, options.resume);
   return found;
 }
 
@@ -340,22 +427,46 @@ Trainer::Trainer(World world, TrainerOptions options)
 FitReport Trainer::fit(const Task& task, const OptimizerOptions& optimizer,
                        const Schedule& schedule, const BatchSource& train,
                        const BatchSource* test) {
-  TrainerOptions options = options_;
-  const FoundCheckpoint found = find(world_, options);
-  if (options.virtual_ranks == 0) {
-    options.virtual_ranks = world_.size();
-    for (const auto& [name, value] : found.job)
-      if (name == "virtual_ranks") options.virtual_ranks = std::stoi(value);
+  world_.declare_elastic();
+  world_.join();
+  Session session(world_);
+  const auto in_this_generation = [&]() -> std::optional<FitReport> {
+    TrainerOptions options = options_;
+    FoundCheckpoint found;
+    const auto kept = lockstep::kept(*world_.segment(), session.kept);
+    if (!kept || kept->state != KeptState::whole) {  // else the run goes on with what is there
+      found = find(world_, options);
+      if (options.virtual_ranks == 0) {
+        options.virtual_ranks = world_.most_size();
+        for (const auto& [name, value] : found.job)
+          if (name == "virtual_ranks") options.virtual_ranks = std::stoi(value);
+      }
+      check(world_, options, task, train.size(), test);
+      if (!found.path.empty())
+        if (const std::string difference =
+                first_difference(settings(options, optimizer, schedule, train, test), found.job);
+            !difference.empty())
+          throw ConfigError(fmt::format("{} is of another job: {}", found.path, difference),
+                            "resume with the settings that the run was started with, or train "
+                            "from the start elsewhere");
+    }
+    return Run(world_, options, task, optimizer, schedule, train, test, found, session).go();
+  };
+  for (;;) {
+    std::string failure;
+    try {
+      if (std::optional<FitReport> report = in_this_generation()) return *std::move(report);
+    } catch (const CommError& error) {
+      if (!world_.is_elastic()) throw;
+      failure = error.what();
+    }
+    if (!world_.next_generation(failure)) {
+      FitReport report;
+      report.stopped_because = "this worker is not needed any more";
+      return report;
+    }
+    session.timer.enter_generation();
   }
-  check(world_, options, task, train.size(), test);
-  if (!found.path.empty())
-    if (const std::string difference =
-            first_difference(settings(options, optimizer, schedule, train, test), found.job);
-        !difference.empty())
-      throw ConfigError(fmt::format("{} is of another job: {}", found.path, difference),
-                        "resume with the settings that the run was started with, or train from "
-                        "the start elsewhere");
-  return Run(world_, options, task, optimizer, schedule, train, test, found).go();
 }
 
 }  // namespace lockstep

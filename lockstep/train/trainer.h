@@ -116,6 +116,7 @@ struct FitReport {
   std::int64_t resumed_step = 0;                // 0: from the start
   std::vector<std::string> broken_checkpoints;  // newer than the one resumed: what is wrong
   std::optional<std::int64_t> best_epoch;       // by `monitor`
+  bool preempted = false;                       // the job was asked to stop: resume it to go on
 };
 
 struct Evaluation {
@@ -137,9 +138,11 @@ class Trainer {
  public:
   Trainer(World world, TrainerOptions options);
   // Trains `task` in place. `test` may be null. Emits events (observe/event.h) to the world's
-  // agent. Throws Error on a non-finite loss or gradient (the weights stay those of the last good
-  // step, and are saved) and where a checkpoint cannot be written, ConfigError on settings that do
-  // not fit the data and on a checkpoint of another job, CommError.
+  // agent. Where that replaces workers who die, this goes on with what the others have committed;
+  // then a program's first fit() is the one that a new worker joins. Throws Error on a non-finite
+  // loss or gradient (the weights stay those of the last good step, and are saved) and where a
+  // checkpoint cannot be written, ConfigError on settings that do not fit the data and on a
+  // checkpoint of another job, CommError.
   FitReport fit(const Task& task, const OptimizerOptions& optimizer, const Schedule& schedule,
                 const BatchSource& train, const BatchSource* test);
 

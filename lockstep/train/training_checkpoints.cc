@@ -3,37 +3,18 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <cstring>
 #include <nlohmann/json.hpp>
 
 #include "lockstep/base/error.h"
+#include "lockstep/parallel/text_of_rank_0.h"
+#include "lockstep/train/kept_progress.h"
 
 namespace lockstep {
 namespace {
 
 constexpr const char* kHint =
     "resume with the settings that the run was started with, or train from the start elsewhere";
-
-// Rank 0's text on every rank; a ConfigError that making it throws is thrown on every rank.
-std::string text_of_rank_0(const World& world, const std::function<std::string()>& make) {
-  std::string text, failure;
-  if (world.rank() == 0) {
-    try {
-      text = make();
-    } catch (const ConfigError& error) {
-      failure = error.what();
-    }
-  }
-  std::uint64_t sizes[2] = {text.size(), failure.size()};
-  world.group().broadcast(std::as_writable_bytes(std::span(sizes)), Dtype::int64, 0,
-                          {.tag = "checkpoint"});
-  std::string& sent = sizes[1] > 0 ? failure : text;
-  sent.resize(sizes[1] > 0 ? sizes[1] : sizes[0]);
-  if (!sent.empty())
-    world.group().broadcast(std::as_writable_bytes(std::span(sent)), Dtype::uint8, 0,
-                            {.tag = "checkpoint"});
-  if (!failure.empty()) throw ConfigError(failure);
-  return text;
-}
 
 std::string state_text(const JobSettings& job, const Progress& progress,
                        const std::vector<std::uint64_t>& group_steps) {
@@ -87,34 +68,33 @@ FoundCheckpoint find_checkpoint(const World& world, const std::filesystem::path&
   return found;
 }
 
-void restore(const World& world, const FoundCheckpoint& found, SharedWeights& weights) {
-  text_of_rank_0(world, [&] {
-    const std::vector<StateTensor> tensors = weights.state_tensors();
+InitialState initial_state(const FoundCheckpoint& found) {
+  const auto fill = [&found](std::span<const StateTensor> tensors, std::span<std::byte> note,
+                             std::span<std::byte> log) {
     for (const StateTensor& tensor : tensors) check_tensor(*found.file, tensor);
-    if (found.file->tensors().size() != tensors.size() ||
-        found.group_steps.size() != weights.group_steps().size())
+    if (found.file->tensors().size() != tensors.size())
       throw ConfigError(fmt::format("{}: holds {} tensors, the model and its optimizer have {}",
                                     found.path, found.file->tensors().size(), tensors.size()),
                         kHint);
-    return std::string();
-  });
-  weights.restore(static_cast<std::uint64_t>(found.progress.step), found.group_steps,
-                  [&](std::span<const StateTensor> tensors) {
-                    for (const StateTensor& tensor : tensors)
-                      found.file->read(tensor.name, tensor.bytes);
-                  });
+    for (const StateTensor& tensor : tensors) found.file->read(tensor.name, tensor.bytes);
+    const StepNote progress = note_of(found.progress);
+    std::memcpy(note.data(), &progress, sizeof progress);
+    write_log(log, found.progress.epochs);
+  };
+  return {.step = static_cast<std::uint64_t>(found.progress.step),
+          .group_steps = found.group_steps,
+          .fill = fill};
 }
 
-CheckpointWriter::CheckpointWriter(const World& world, const TrainerOptions& options,
-                                   JobSettings job)
-    : options_(options), job_(std::move(job)) {
-  const bool wanted = options.checkpoint_every_epochs > 0 || options.checkpoint_every_steps > 0;
-  if (wanted && !options.checkpoint_dir.empty() && world.rank() == 0)
-    saver_.emplace(options.checkpoint_dir, CheckpointOptions{.keep = options.checkpoint_keep});
-}
+CheckpointWriter::CheckpointWriter(World world, const TrainerOptions& options, JobSettings job)
+    : world_(std::move(world)), options_(options), job_(std::move(job)) {}
 
 void CheckpointWriter::save(const SharedWeights& weights, const Progress& progress, bool always) {
-  if (!saver_ || (!always && !saver_->is_idle())) return;
+  const bool wanted = options_.checkpoint_every_epochs > 0 || options_.checkpoint_every_steps > 0;
+  if (!wanted || options_.checkpoint_dir.empty() || world_.rank() != 0) return;
+  if (!saver_)
+    saver_.emplace(options_.checkpoint_dir, CheckpointOptions{.keep = options_.checkpoint_keep});
+  if (!always && !saver_->is_idle()) return;
   const auto step = static_cast<std::uint64_t>(progress.step);
   std::vector<std::uint64_t> best;
   if (const auto index = best_epoch(options_, progress.epochs))

@@ -29,22 +29,24 @@ struct FoundCheckpoint {
 // Collective. Throws ConfigError, on every rank, for one that Trainer did not write.
 FoundCheckpoint find_checkpoint(const World& world, const std::filesystem::path& folder);
 
-// Collective. The weights become the checkpoint's. Throws ConfigError, on every rank, naming the
-// tensor that the model lacks, or has in another shape or type.
-void restore(const World& world, const FoundCheckpoint& found, SharedWeights& weights);
+// What weights that are made from it begin with. Making them throws ConfigError naming the tensor
+// that the model lacks, or has in another shape or type. `found` is to outlive it.
+InitialState initial_state(const FoundCheckpoint& found);
 
+// Of one rank; writes while it is rank 0.
 class CheckpointWriter {
  public:
-  CheckpointWriter(const World& world, const TrainerOptions& options, JobSettings job);
+  CheckpointWriter(World world, const TrainerOptions& options, JobSettings job);
   // Copies the state and lets a thread write it. Throws Error where the one before could not be
   // written. While the one before is being written: waits, or does nothing where that is enough.
   void save(const SharedWeights& weights, const Progress& progress, bool always);
   void finish();  // all are written; throws Error
 
  private:
-  const TrainerOptions& options_;
-  JobSettings job_;
-  std::optional<AsyncSaver> saver_;  // on rank 0, where checkpoints are wanted
+  const World world_;
+  const TrainerOptions options_;
+  const JobSettings job_;
+  std::optional<AsyncSaver> saver_;
 };
 
 }  // namespace lockstep
