@@ -4,11 +4,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "lockstep/base/error.h"
 #include "lockstep/data/ledger.h"
+#include "lockstep/memory/generation_board.h"
 #include "lockstep/observe/event.h"
 #include "lockstep/recipes/linear_regression.h"
 #include "lockstep/recipes/loss.h"
@@ -191,6 +193,18 @@ FitReport fit(const World& world, const Job& job, const RecipeData& data, Traine
       .fit(task, optimizer_options(job.optimizer), schedule_for(job, steps_per_epoch), train, test);
 }
 
+// After the training there are no newcomers: those who are left begin again.
+void in_some_generation(const World& world, const std::function<void()>& work) {
+  for (bool is_member = true; is_member;) {
+    try {
+      return work();
+    } catch (const CommError& error) {
+      if (!world.is_elastic()) throw;
+      is_member = world.next_generation(error.what());
+    }
+  }
+}
+
 void train_text(const World& world, const Job& job, const RecipeData& data,
                 const CheckpointPlace& checkpoints) {
   constexpr std::int64_t kEvaluatedBlocks = 32;  // at once: the outputs are large
@@ -200,10 +214,10 @@ void train_text(const World& world, const Job& job, const RecipeData& data,
   const TextBatches train(data.sets.train), held_out(data.sets.test);
   TrainerOptions options = trainer_options(job, {}, checkpoints);
   options.evaluation_batch_size = kEvaluatedBlocks;
-  const std::vector<EpochSummary> epochs =
-      fit(world, job, data, options, task, train, held_out.size() > 0 ? &held_out : nullptr).epochs;
-  if (world.rank() != 0 || !epochs.back().evaluated) return;
-  const double nats = epochs.back().test_loss;
+  const FitReport report =
+      fit(world, job, data, options, task, train, held_out.size() > 0 ? &held_out : nullptr);
+  if (!report.is_member || world.rank() != 0 || !report.epochs.back().evaluated) return;
+  const double nats = report.epochs.back().test_loss;
   world.events().emit(
       {{"event", "message"},
        {"text", fmt::format("held-out text: {:.4f} nats per byte, perplexity {:.3f}", nats,
@@ -216,7 +230,9 @@ void train_text(const World& world, const Job& job, const RecipeData& data,
 
 void run_training(const World& world, const Job& job, const CheckpointPlace& checkpoints) {
   const RecipeData data = load_recipe_data(job);
-  if (!checkpoints.folder.empty() && !checkpoints.resume && world.rank() == 0)
+  // Of an earlier run. Who comes in a later generation finds this one's.
+  if (!checkpoints.folder.empty() && !checkpoints.resume && world.rank() == 0 &&
+      generations_published(*world.segment()) == 0)
     std::filesystem::remove_all(checkpoints.folder);
   if (job.model.name == "gpt") return train_text(world, job, data, checkpoints);
   const Dataset& rows = data.sets.train;
@@ -235,13 +251,14 @@ void run_training(const World& world, const Job& job, const CheckpointPlace& che
 
   if (job.optimizer.name == "closed_form") {
     fit_closed_form(world, job, rows, task, train, test, extra);
-  } else {
-    fit(world, job, data, trainer_options(job, extra, checkpoints), task, train, test);
+  } else if (!fit(world, job, data, trainer_options(job, extra, checkpoints), task, train, test)
+                  .is_member) {
+    return;
   }
   const bool unbalanced = job.dataset.keep_fraction < 1 || job.dataset.partition == "stratified" ||
                           job.dataset.partition == "weighted";
   if (unbalanced && task.correct && test != nullptr)
-    report_recall(world, task, *test, data.sets.test);
+    in_some_generation(world, [&] { report_recall(world, task, *test, data.sets.test); });
   if (!data.known_weights.empty() && job.model.widths.empty())
     report_distance(world, data, solution_of(*model.module, data.normalization));
 }

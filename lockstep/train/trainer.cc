@@ -462,7 +462,7 @@ FitReport Trainer::fit(const Task& task, const OptimizerOptions& optimizer,
     }
     if (!world_.next_generation(failure)) {
       FitReport report;
-      report.stopped_because = "this worker is not needed any more";
+      report.is_member = false;
       return report;
     }
     session.timer.enter_generation();

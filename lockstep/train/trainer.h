@@ -117,6 +117,7 @@ struct FitReport {
   std::vector<std::string> broken_checkpoints;  // newer than the one resumed: what is wrong
   std::optional<std::int64_t> best_epoch;       // by `monitor`
   bool preempted = false;                       // the job was asked to stop: resume it to go on
+  bool is_member = true;  // false: the job goes on without this worker; the rest is empty
 };
 
 struct Evaluation {
