@@ -1,0 +1,235 @@
+// The trainer in one generation after another: workers are threads at the seats of a segment, the
+// test is their agent. Whoever dies, joins or leaves, whenever: the weights are those of a run that
+// nothing happened to, and every step is reported as it was there.
+#include <ATen/ops/mse_loss.h>
+#include <gtest/gtest.h>
+#include <torch/nn/modules/batchnorm.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/linear.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "lockstep/base/error.h"
+#include "lockstep/base/hash.h"
+#include "lockstep/memory/generation_board.h"
+#include "lockstep/train/trainer.h"
+
+namespace lockstep {
+namespace {
+
+struct Killed {};  // a worker that throws it is gone without a word
+
+class Rows : public BatchSource {
+ public:
+  std::uint64_t size() const override { return 56; }
+  Batch batch(std::span<const std::uint64_t> indices) const override {
+    Batch batch{at::empty({static_cast<std::int64_t>(indices.size()), 6}), {}};
+    float* out = batch.input.mutable_data_ptr<float>();
+    for (const std::uint64_t index : indices)
+      for (std::uint64_t i = 0; i < 6; ++i)
+        *out++ = static_cast<float>(mix({index, i}) % 1000) / 500 - 1;
+    batch.target = batch.input.sum(1, true).sin();
+    return batch;
+  }
+};
+
+struct Outcome {
+  std::vector<at::Tensor> tensors;
+  std::vector<EpochSummary> epochs;
+};
+
+// One worker's life. hook(): called before each loss, with the number of losses so far.
+using Hook = std::function<void(const World&, std::int64_t losses)>;
+
+class Cluster {
+ public:
+  Cluster(int least, int most)
+      : segment_(Segment::create({.seats = 12, .arena_bytes = 16 << 20})) {
+    set_world_bounds(*segment_, {least, most});
+  }
+  ~Cluster() {
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void start(int seat, Hook hook = {}) {
+    threads_.emplace_back([this, seat, hook = std::move(hook)] {
+      try {
+        work(seat, hook);
+      } catch (const Killed&) {
+      } catch (const std::exception& error) {
+        ADD_FAILURE() << "seat " << seat << ": " << error.what();
+      }
+    });
+  }
+  void say(std::vector<int> seats, bool at_once, const std::string& reason = "the test says so") {
+    publish(*segment_, {.number = number_++, .seats = std::move(seats), .reason = reason}, at_once);
+  }
+  Outcome outcome() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return outcome_.has_value(); });
+    return *outcome_;
+  }
+  Segment& segment() { return *segment_; }
+
+  TrainerOptions options{.epochs = 3,
+                         .global_batch_size = 16,
+                         .virtual_ranks = 4,
+                         .shuffle = true,
+                         .clip_grad_norm = 0.5};
+
+ private:
+  void work(int seat, const Hook& hook) {
+    Place place{.launcher = Launcher::lockstep};
+    place.seat = seat;
+    place.segment_fd = ::dup(segment_->fd());
+    const World world = init_from(place, {.timeout = std::chrono::seconds(60), .join = false});
+    torch::nn::Sequential net(torch::nn::Linear(6, 8), torch::nn::BatchNorm1d(8),
+                              torch::nn::Linear(8, 1));
+    {
+      const at::NoGradGuard no_grad;
+      float value = static_cast<float>(seat);  // that of rank 0 counts: seat 0's
+      for (at::Tensor& parameter : net->parameters()) parameter.fill_(value += 0.01f);
+      net->parameters()[0].copy_(at::linspace(-1, 1, 48).view({8, 6}));
+    }
+    std::int64_t losses = 0;
+    const auto loss = [&](const at::Tensor& output, const at::Tensor& target) -> LossValue {
+      if (hook) hook(world, losses++);
+      return {at::mse_loss(output, target, at::Reduction::Sum), double(output.size(0))};
+    };
+    const Rows rows;
+    TrainerOptions mine = options;
+    const FitReport report = Trainer(world, mine).fit(net, Adam({.lr = 0.01}), rows, rows, loss);
+    if (!report.is_member) return;
+    const std::lock_guard lock(mutex_);
+    if (outcome_) return;
+    outcome_.emplace();
+    for (const at::Tensor& tensor : net->parameters()) outcome_->tensors.push_back(tensor.clone());
+    for (const at::Tensor& tensor : net->buffers()) outcome_->tensors.push_back(tensor.clone());
+    outcome_->epochs = report.epochs;
+    changed_.notify_all();
+  }
+
+  std::shared_ptr<Segment> segment_;
+  std::vector<std::thread> threads_;
+  std::uint64_t number_ = 0;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::optional<Outcome> outcome_;
+};
+
+const Outcome& undisturbed() {
+  static const Outcome outcome = [] {
+    Cluster cluster(1, 1);
+    cluster.start(0);
+    cluster.say({0}, true);
+    return cluster.outcome();
+  }();
+  return outcome;
+}
+
+void expect_the_same(const Outcome& found) {
+  const Outcome& expected = undisturbed();
+  ASSERT_EQ(found.tensors.size(), expected.tensors.size());
+  for (std::size_t i = 0; i < found.tensors.size(); ++i)
+    EXPECT_TRUE(at::equal(found.tensors[i], expected.tensors[i])) << "tensor " << i;
+  ASSERT_EQ(found.epochs.size(), expected.epochs.size());
+  for (std::size_t i = 0; i < found.epochs.size(); ++i) {
+    EXPECT_EQ(found.epochs[i].step, expected.epochs[i].step);
+    EXPECT_EQ(found.epochs[i].samples, expected.epochs[i].samples);
+    EXPECT_EQ(found.epochs[i].train_loss, expected.epochs[i].train_loss);
+    EXPECT_EQ(found.epochs[i].test_loss, expected.epochs[i].test_loss);
+  }
+}
+
+TEST(Elastic, ThreeWorkersGiveTheBitsOfOne) {
+  Cluster cluster(3, 3);
+  for (const int seat : {0, 1, 2}) cluster.start(seat);
+  cluster.say({0, 1, 2}, true);
+  expect_the_same(cluster.outcome());
+}
+
+// At every loss that a worker of two computes, in an epoch's steps or its evaluation.
+TEST(Elastic, AWorkerDiesAndIsReplaced) {
+  for (const bool first : {false, true})
+    for (std::int64_t when = 0; when < 24; ++when) {
+      SCOPED_TRACE(testing::Message() << (first ? "rank 0" : "rank 1") << " at loss " << when);
+      Cluster cluster(2, 2);
+      const int victim = first ? 0 : 1, other = first ? 1 : 0;
+      std::atomic<bool> dead = false;
+      cluster.start(other);
+      cluster.start(victim, [&](const World&, std::int64_t losses) {
+        if (losses != when) return;
+        dead = true;
+        dead.notify_all();
+        throw Killed{};
+      });
+      cluster.say({0, 1}, true);
+      dead.wait(false);
+      cluster.start(2);
+      cluster.say({other, 2}, true);
+      expect_the_same(cluster.outcome());
+    }
+}
+
+TEST(Elastic, TheWorldShrinksAndGrows) {
+  Cluster cluster(1, 4);
+  std::atomic<int> stage = 0;
+  const auto reach = [&](int next) {
+    stage = next;
+    stage.notify_all();
+  };
+  cluster.start(0, [&](const World& world, std::int64_t) {
+    if (world.generation() == 2 && stage < 2) reach(2);
+  });
+  for (const int seat : {1, 3}) cluster.start(seat);
+  cluster.start(2, [&](const World&, std::int64_t losses) {
+    if (losses != 3) return;
+    reach(1);
+    throw Killed{};
+  });
+  cluster.say({0, 1, 2, 3}, true);
+  stage.wait(0);
+  cluster.say({0, 1, 3}, true, "seat 2 is lost");
+  cluster.start(4);
+  cluster.say({0, 1, 3, 4}, false, "seat 4 joins");
+  stage.wait(1);
+  cluster.say({0, 4}, false, "scaled down");
+  expect_the_same(cluster.outcome());
+}
+
+TEST(Elastic, AllDieAndOthersTakeOver) {
+  Cluster cluster(2, 2);
+  std::atomic<int> dead = 0;
+  for (const int seat : {0, 1})
+    cluster.start(seat, [&](const World& world, std::int64_t losses) {
+      if (losses != (world.rank() == 0 ? 11 : 12)) return;
+      ++dead;
+      dead.notify_all();
+      throw Killed{};
+    });
+  cluster.say({0, 1}, true);
+  dead.wait(0);
+  cluster.say({2, 3}, true,
+              "all are lost");  // the second death is one of a generation that is over
+  for (const int seat : {2, 3}) cluster.start(seat);
+  expect_the_same(cluster.outcome());
+}
+
+TEST(Elastic, AskedToStopItEndsAfterTheStep) {
+  Cluster cluster(2, 2);
+  std::atomic<bool> reached = false;
+  cluster.options.epochs = 100000;
+  for (const int seat : {0, 1})
+    cluster.start(seat, [&](const World&, std::int64_t losses) {
+      if (losses == 9) request_stop(cluster.segment());
+    });
+  cluster.say({0, 1}, true);
+  EXPECT_LT(cluster.outcome().epochs.size(), 3u);
+}
+
+}  // namespace
+}  // namespace lockstep
