@@ -7,6 +7,7 @@
 #include "lockstep/parallel/data_loader.h"
 #include "lockstep/parallel/data_parallel.h"
 #include "lockstep/parallel/distributed_sampler.h"
+#include "lockstep/parallel/elastic.h"
 #include "lockstep/parallel/shared_weights.h"
 #include "lockstep/train/losses.h"
 #include "lockstep/train/trainer.h"

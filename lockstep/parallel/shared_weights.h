@@ -186,17 +186,29 @@ class [[nodiscard]] SharedModel {
   // Collective. The update from the gradients of all backwards since the last one.
   StepOutcome step() {
     weights_->contribute(weight_);
-    const StepOutcome outcome = weights_->decide();
-    weights_->update();
-    return outcome;
+    return update();
   }
+  // Collective. The update from what `compute` computes for each of this rank's virtual ranks
+  // (SharedWeights::compute): so the bits are those of any other number of ranks.
+  StepOutcome step(const SharedWeights::Compute& compute) {
+    const Autocast autocast(precision_);
+    weights_->compute(compute);
+    return update();
+  }
+  const StepOutcome& last() const { return last_; }  // step's
   std::span<OptimizerOptions> groups() const { return weights_->groups(); }
   SharedWeights& weights() const { return *weights_; }
 
  private:
+  StepOutcome update() {
+    last_ = weights_->decide();
+    weights_->update();
+    return last_;
+  }
   Holder module_;
   Precision precision_;
   double weight_ = 1;
+  StepOutcome last_;
   std::shared_ptr<SharedWeights> weights_;
 };
 

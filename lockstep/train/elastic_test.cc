@@ -6,22 +6,18 @@
 #include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
-#include <thread>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
-#include "lockstep/memory/generation_board.h"
+#include "lockstep/parallel/generations.h"
 #include "lockstep/train/trainer.h"
 
 namespace lockstep {
 namespace {
-
-struct Killed {};  // a worker that throws it is gone without a word
 
 class Rows : public BatchSource {
  public:
@@ -45,35 +41,21 @@ struct Outcome {
 // One worker's life. hook(): called before each loss, with the number of losses so far.
 using Hook = std::function<void(const World&, std::int64_t losses)>;
 
-class Cluster {
+class Cluster : public Generations {
  public:
-  Cluster(int least, int most)
-      : segment_(Segment::create({.seats = 12, .arena_bytes = 16 << 20})) {
-    set_world_bounds(*segment_, {least, most});
-  }
-  ~Cluster() {
-    for (std::thread& thread : threads_) thread.join();
-  }
+  using Generations::Generations;
+  ~Cluster() { join(); }
 
   void start(int seat, Hook hook = {}) {
-    threads_.emplace_back([this, seat, hook = std::move(hook)] {
-      try {
-        work(seat, hook);
-      } catch (const Killed&) {
-      } catch (const std::exception& error) {
-        ADD_FAILURE() << "seat " << seat << ": " << error.what();
-      }
+    Generations::start(seat, [this, seat, hook = std::move(hook)](const World& world) {
+      work(world, seat, hook);
     });
-  }
-  void say(std::vector<int> seats, bool at_once, const std::string& reason = "the test says so") {
-    publish(*segment_, {.number = number_++, .seats = std::move(seats), .reason = reason}, at_once);
   }
   Outcome outcome() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return outcome_.has_value(); });
     return *outcome_;
   }
-  Segment& segment() { return *segment_; }
 
   TrainerOptions options{.epochs = 3,
                          .global_batch_size = 16,
@@ -82,11 +64,7 @@ class Cluster {
                          .clip_grad_norm = 0.5};
 
  private:
-  void work(int seat, const Hook& hook) {
-    Place place{.launcher = Launcher::lockstep};
-    place.seat = seat;
-    place.segment_fd = ::dup(segment_->fd());
-    const World world = init_from(place, {.timeout = std::chrono::seconds(60), .join = false});
+  void work(const World& world, int seat, const Hook& hook) {
     torch::nn::Sequential net(torch::nn::Linear(6, 8), torch::nn::BatchNorm1d(8),
                               torch::nn::Linear(8, 1));
     {
@@ -113,9 +91,6 @@ class Cluster {
     changed_.notify_all();
   }
 
-  std::shared_ptr<Segment> segment_;
-  std::vector<std::thread> threads_;
-  std::uint64_t number_ = 0;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::optional<Outcome> outcome_;
