@@ -79,8 +79,7 @@ std::string shown_name(std::string_view name) {
 }
 
 std::string write_safetensors(const std::filesystem::path& path, std::vector<TensorView> tensors) {
-  std::sort(tensors.begin(), tensors.end(),
-            [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
+  std::ranges::sort(tensors, {}, &TensorView::name);
   json header = json::object();                       // sorted by name, as the tensors are
   std::vector<std::span<const std::byte>> pieces(2);  // length and header come last
   std::uint64_t offset = 0;
@@ -113,13 +112,7 @@ std::string write_safetensors(const std::filesystem::path& path, std::vector<Ten
 }
 
 SafetensorsFile SafetensorsFile::read(const std::filesystem::path& path) {
-  std::vector<std::byte> bytes;
-  try {
-    bytes = read_file(path);
-  } catch (const Error& error) {
-    throw ConfigError(error.what());
-  }
-  return parse(std::move(bytes), path.string());
+  return parse(as_input([&] { return read_file(path); }), path.string());
 }
 
 SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string name_for_errors) {
@@ -149,9 +142,7 @@ SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string
     entries.push_back(std::move(*entry));
   }
 
-  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
-    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
-  });
+  std::ranges::sort(entries, {}, [](const Entry& e) { return std::pair(e.begin, e.end); });
   std::uint64_t covered = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != covered)
@@ -162,15 +153,12 @@ SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string
   if (covered != data.size())
     throw bad(fmt::format("{} bytes belong to no tensor", data.size() - covered));
   for (Entry& entry : entries) file.tensors_.push_back(std::move(entry.view));
-  std::sort(file.tensors_.begin(), file.tensors_.end(),
-            [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
+  std::ranges::sort(file.tensors_, {}, &TensorView::name);
   return file;
 }
 
 const TensorView* SafetensorsFile::find(std::string_view name) const {
-  const auto found =
-      std::lower_bound(tensors_.begin(), tensors_.end(), name,
-                       [](const TensorView& view, std::string_view n) { return view.name < n; });
+  const auto found = std::ranges::lower_bound(tensors_, name, {}, &TensorView::name);
   return found != tensors_.end() && found->name == name ? &*found : nullptr;
 }
 

@@ -46,22 +46,21 @@ class RowWriter {
     if (!classes_) return "row,prediction\n";
     return job_.loss.name == "hinge" ? "row,prediction,score\n" : "row,prediction,probability\n";
   }
-  std::string lines(std::uint64_t first_row, const at::Tensor& output) const {
+  std::string lines(std::uint64_t row, const at::Tensor& output) const {
     std::string text;
     if (!classes_ || job_.loss.name == "hinge") {
       const float* values = output.const_data_ptr<float>();
-      for (std::int64_t i = 0; i < output.size(0); ++i)
+      for (std::int64_t i = 0; i < output.size(0); ++i, ++row)
         if (classes_)
-          append(text, first_row + static_cast<std::uint64_t>(i), values[i] > 0 ? 1 : 0, values[i]);
+          append(text, row, values[i] > 0 ? 1 : 0, values[i]);
         else
-          fmt::format_to(std::back_inserter(text), "{},{}\n",
-                         first_row + static_cast<std::uint64_t>(i), values[i]);
+          fmt::format_to(std::back_inserter(text), "{},{}\n", row, values[i]);
       return text;
     }
     const auto [probability, index] = at::softmax(output, 1).max(1);
-    for (std::int64_t i = 0; i < output.size(0); ++i)
-      append(text, first_row + static_cast<std::uint64_t>(i),
-             index.const_data_ptr<std::int64_t>()[i], probability.const_data_ptr<float>()[i]);
+    for (std::int64_t i = 0; i < output.size(0); ++i, ++row)
+      append(text, row, index.const_data_ptr<std::int64_t>()[i],
+             probability.const_data_ptr<float>()[i]);
     return text;
   }
 
@@ -107,11 +106,8 @@ void continue_text(const World& world, const Job& job, const SafetensorsFile& fi
   load_module(*model.module, file, weights.string());
   model.module->eval();
   std::string prompt;
-  if (!data.empty()) try {
-      prompt = read_text_file(data);
-    } catch (const Error& error) {
-      throw ConfigError(error.what(), "a file with the text to go on from");
-    }
+  if (!data.empty())
+    prompt = as_input([&] { return read_text_file(data); }, "a file with the text to go on from");
   const std::string text = generate(model, job.model.context, prompt, kLength, job.train.seed);
   // Bytes that are no UTF-8 become U+FFFD, as an event is JSON.
   const std::string valid =
