@@ -9,6 +9,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
 #include "lockstep/base/hash.h"
+#include "lockstep/checkpoint/json.h"
 
 namespace lockstep {
 namespace {
@@ -25,43 +26,32 @@ struct Entry {
   std::uint64_t end = 0;
 };
 
-// One tensor of the header, checked on its own. `why` receives what is wrong.
-std::optional<Entry> read_entry(const std::string& name, const json& value,
-                                std::uint64_t data_bytes, std::string& why) {
-  const auto wrong = [&](std::string text) {
-    why = std::move(text);
-    return std::nullopt;
+// One tensor of the header, checked on its own. bad(why) is what it throws.
+template <typename Bad>
+Entry read_entry(const std::string& name, const json& value, std::uint64_t data_bytes, Bad&& bad) {
+  const auto wrong = [&](const std::string& why) {
+    return bad(fmt::format("tensor {}: {}", shown_name(name), why));
   };
   const auto part = [&](const char* key) {
     const auto found = value.is_object() ? value.find(key) : value.end();
     return found == value.end() ? json() : *found;
   };
   const json dtype_name = part("dtype"), shape = part("shape"), offsets = part("data_offsets");
-  const auto is_count = [](const json& number) {
-    return number.is_number_unsigned() && number.get<std::uint64_t>() <= INT64_MAX;
-  };
-  const auto all_counts = [&](const json& list) {
-    return list.is_array() && std::all_of(list.begin(), list.end(), is_count);
-  };
-  if (!dtype_name.is_string() || !all_counts(shape) || !all_counts(offsets) || offsets.size() != 2)
-    return wrong("needs a dtype, a shape and two data_offsets");
-  const auto dtype = dtype_from_name(dtype_name.get<std::string>());
-  if (!dtype || safetensors_name_of(*dtype) != dtype_name.get<std::string>())
-    return wrong("unknown dtype " + shown_name(dtype_name.get<std::string>()));
-
-  Entry entry;
-  entry.view.name = name;
-  entry.view.dtype = *dtype;
-  entry.view.shape = shape.get<std::vector<std::int64_t>>();
-  entry.begin = offsets[0].get<std::uint64_t>();
-  entry.end = offsets[1].get<std::uint64_t>();
+  if (!dtype_name.is_string() || !is_list_of_counts(shape) || !is_list_of_counts(offsets) ||
+      offsets.size() != 2)
+    throw wrong("needs a dtype, a shape and two data_offsets");
+  const auto dtype = dtype_from_safetensors_name(dtype_name.get<std::string>());
+  if (!dtype) throw wrong("unknown dtype " + shown_name(dtype_name.get<std::string>()));
+  const Entry entry{{name, *dtype, shape.get<std::vector<std::int64_t>>(), {}},
+                    offsets[0].get<std::uint64_t>(),
+                    offsets[1].get<std::uint64_t>()};
   if (entry.begin > entry.end || entry.end > data_bytes)
-    return wrong(fmt::format("its bytes [{}, {}) lie outside the file's {} bytes of data",
-                             entry.begin, entry.end, data_bytes));
+    throw wrong(fmt::format("its bytes [{}, {}) lie outside the file's {} bytes of data",
+                            entry.begin, entry.end, data_bytes));
   const auto expected = byte_count(entry.view.shape, *dtype);
   if (!expected || *expected != entry.end - entry.begin)
-    return wrong(fmt::format("{} bytes do not fit its shape {} of {}", entry.end - entry.begin,
-                             shape.dump(), dtype_name.get<std::string>()));
+    throw wrong(fmt::format("{} bytes do not fit its shape {} of {}", entry.end - entry.begin,
+                            shape.dump(), dtype_name.get<std::string>()));
   return entry;
 }
 
@@ -135,11 +125,8 @@ SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string
   std::vector<Entry> entries;
   for (const auto& [name, value] : header.items()) {
     if (name == kMetadata) continue;
-    std::string why;
-    auto entry = read_entry(name, value, data.size(), why);
-    if (!entry) throw bad(fmt::format("tensor {}: {}", shown_name(name), why));
-    entry->view.bytes = data.subspan(entry->begin, entry->end - entry->begin);
-    entries.push_back(std::move(*entry));
+    Entry& entry = entries.emplace_back(read_entry(name, value, data.size(), bad));
+    entry.view.bytes = data.subspan(entry.begin, entry.end - entry.begin);
   }
 
   std::ranges::sort(entries, {}, [](const Entry& e) { return std::pair(e.begin, e.end); });

@@ -30,8 +30,9 @@ std::vector<std::uint8_t> gunzip(std::span<const std::byte> packed, const std::s
   stream.avail_in = static_cast<uInt>(packed.size());
   LOCKSTEP_CHECK(inflateInit2(&stream, 15 + 16) == Z_OK, "zlib: inflateInit2");
   const std::unique_ptr<z_stream, int (*)(z_stream*)> ended(&stream, inflateEnd);
-  std::vector<std::uint8_t> result(2 * packed.size() + 1);
-  for (std::size_t used = 0;;) {
+  std::vector<std::uint8_t> result(std::min(2 * packed.size() + 1, kMostUnpacked));
+  std::size_t used = 0;
+  for (;;) {
     if (used == result.size()) result.resize(std::min(2 * used, kMostUnpacked));
     if (used == kMostUnpacked) throw damaged("unpacks to more than 4 GiB");
     const auto room = static_cast<uInt>(std::min<std::size_t>(result.size() - used, UINT32_MAX));
@@ -39,7 +40,7 @@ std::vector<std::uint8_t> gunzip(std::span<const std::byte> packed, const std::s
     stream.avail_out = room;
     const int code = inflate(&stream, Z_NO_FLUSH);
     used += room - stream.avail_out;
-    if (code == Z_STREAM_END && stream.avail_in == 0) return result.resize(used), result;
+    if (code == Z_STREAM_END && stream.avail_in == 0) break;
     if (code == Z_STREAM_END)
       inflateReset(&stream);
     else if (code == Z_BUF_ERROR || (code == Z_OK && stream.avail_in == 0 && stream.avail_out))
@@ -47,6 +48,8 @@ std::vector<std::uint8_t> gunzip(std::span<const std::byte> packed, const std::s
     else if (code != Z_OK)
       throw damaged(stream.msg ? stream.msg : zError(code));
   }
+  result.resize(used);
+  return result;
 }
 
 std::string shape_text(const std::vector<std::int64_t>& shape) {

@@ -72,14 +72,11 @@ class Setter {
  public:
   Setter(const Key& key, const std::string& where) : key_(key), where_(where) {}
 
-  void set(const toml::node& node, bool& out) const {
-    if (!node.is_boolean()) wrong_type(node);
-    out = node.as_boolean()->get();
-  }
+  void set(const toml::node& node, bool& out) const { out = exact<bool>(node); }
   void set(const toml::node& node, std::int64_t& out) const {
-    if (!node.is_integer()) wrong_type(node);
-    check_range(static_cast<double>(node.as_integer()->get()), node);
-    out = node.as_integer()->get();
+    const auto value = exact<std::int64_t>(node);
+    check_range(static_cast<double>(value), node);
+    out = value;
   }
   void set(const toml::node& node, std::uint64_t& out) const {
     std::int64_t value = 0;
@@ -87,16 +84,14 @@ class Setter {
     out = static_cast<std::uint64_t>(value);
   }
   void set(const toml::node& node, double& out) const {
-    if (!node.is_number()) wrong_type(node);
-    const double value = node.is_integer() ? static_cast<double>(node.as_integer()->get())
-                                           : node.as_floating_point()->get();
+    const double value =
+        node.is_integer() ? static_cast<double>(node.as_integer()->get()) : exact<double>(node);
     if (!std::isfinite(value)) fail(where_, key_.name, text_of(node) + " is not a finite number");
     check_range(value, node);
     out = value;
   }
   void set(const toml::node& node, std::string& out) const {
-    if (!node.is_string()) wrong_type(node);
-    const std::string& text = node.as_string()->get();
+    const auto& text = exact<std::string>(node);
     const auto& words = key_.limits.words;
     if (!words.empty() && std::ranges::find(words, text) == words.end())
       fail(where_, key_.name, fmt::format("unknown {} {}", leaf(), text_of(node)),
@@ -112,14 +107,16 @@ class Setter {
       fail(where_, key_.name, fmt::format("{} elements are too many", list.size()),
            fmt::format("at most {}", kLongestList));
     std::vector<std::int64_t> result(list.size());
-    for (std::size_t i = 0; i < list.size(); ++i) {
-      if (!list[i].is_integer()) wrong_type(list[i]);
-      set(list[i], result[i]);
-    }
+    for (std::size_t i = 0; i < list.size(); ++i) set(list[i], result[i]);
     out = std::move(result);
   }
 
  private:
+  template <typename T>
+  const T& exact(const toml::node& node) const {
+    if (const auto* value = node.as<T>()) return value->get();
+    wrong_type(node);
+  }
   // "recipe", "model", "normalize": what a word names.
   std::string_view leaf() const {
     const std::size_t dot = key_.name.find('.');
@@ -401,36 +398,6 @@ Job resolve_job(const std::string& name_or_path, const std::vector<Override>& ov
   return parse_job(
       as_input([&] { return read_text_file(path); }, "a job file or one of the recipes' names"),
       printable(name_or_path), overrides);
-}
-
-// The defaults of a recipe stand beside the general one where they differ.
-std::string describe_job_keys() {
-  std::string result = "| key | type | default | meaning |\n|---|---|---|---|\n";
-  for (const Key& key : job::schema()) {
-    const std::string general = job::value_as_toml(key, Job{});
-    std::string defaults = general == "\"\"" ? "" : fmt::format("`{}`", general);
-    for (const auto& recipe : job::recipes()) {
-      Builder builder(recipe.name);
-      builder.apply(parse_toml(recipe.defaults, recipe.name), Level::defaults);
-      const std::string own = job::value_as_toml(key, builder.job());
-      if (own != general)
-        defaults += fmt::format("{}{}: `{}`", defaults.empty() ? "" : "; ", recipe.name, own);
-    }
-    if (key.name == "loss.name") defaults += "; regression: `\"mean_squared_error\"`";
-    if (key.name == "train.global_batch_size" || key.name == "train.virtual_ranks") defaults = "";
-    std::string type(job::type_of(key));
-    if (type.starts_with("a")) type = type.substr(type.find(' ') + 1);
-    const auto& limits = key.limits;
-    const bool numeric = type != "text" && type != "true or false";
-    if (!limits.words.empty()) {
-      type = "";
-      for (const auto& word : limits.words) type += (type.empty() ? "`" : ", `") + word + '`';
-    } else if (numeric) {
-      type += ' ' + limits.text();
-    }
-    result += fmt::format("| `{}` | {} | {} | {} |\n", key.name, type, defaults, key.meaning);
-  }
-  return result;
 }
 
 }  // namespace lockstep

@@ -134,10 +134,6 @@ std::string to_toml(const Job& job);
 // Every setting that the result depends on, in the schema's order, with its value as TOML.
 std::vector<std::pair<std::string, std::string>> result_settings(const Job& job);
 
-// Every key of a job file as a Markdown table: key, type, default, meaning. docs/job-file.md holds
-// it.
-std::string describe_job_keys();
-
 const std::vector<std::string>& recipe_names();
 
 }  // namespace lockstep

@@ -434,11 +434,5 @@ TEST(Job, ExamplesResolve) {
   EXPECT_GE(jobs, 7);
 }
 
-TEST(Job, DocumentationHoldsEveryKey) {
-  EXPECT_THAT(read_text_file(kSource / "docs/job-file.md"), HasSubstr(describe_job_keys()))
-      << "docs/job-file.md should hold this table:\n"
-      << describe_job_keys();
-}
-
 }  // namespace
 }  // namespace lockstep
