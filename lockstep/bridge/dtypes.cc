@@ -16,7 +16,10 @@ std::optional<Dtype> dtype_from(at::ScalarType type) {
   return static_cast<Dtype>(found - kTypes);
 }
 
-at::ScalarType scalar_type_from(Dtype dtype) { return kTypes[static_cast<std::size_t>(dtype)]; }
+at::ScalarType scalar_type_from(Dtype dtype) {
+  LOCKSTEP_CHECK(static_cast<int>(dtype) < kDtypeCount, "unknown dtype");
+  return kTypes[static_cast<std::size_t>(dtype)];
+}
 
 std::span<std::byte> bytes_of(const at::Tensor& tensor) {
   LOCKSTEP_CHECK(tensor.is_contiguous() && tensor.device().is_cpu(),

@@ -98,6 +98,7 @@ UpdateKernel kernel_of(const OptimizerOptions& options) {
 
 std::vector<std::string_view> state_names(const OptimizerOptions& options) {
   static const std::vector<std::string_view> names[kUpdateKernelCount] = {
+      // by UpdateKernel
       {},
       {"momentum_buffer"},
       {"momentum_buffer"},
