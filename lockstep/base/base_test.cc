@@ -61,7 +61,7 @@ TEST(DtypeTest, EveryTypeHasNamesThatLeadBack) {
   for (int i = 0; i < kDtypeCount; ++i) {
     const auto dtype = static_cast<Dtype>(i);
     EXPECT_EQ(dtype_from_name(name_of(dtype)), dtype);
-    EXPECT_EQ(dtype_from_name(safetensors_name_of(dtype)), dtype);
+    EXPECT_EQ(dtype_from_safetensors_name(safetensors_name_of(dtype)), dtype);
   }
   EXPECT_EQ(dtype_from_name("complex64"), std::nullopt);
   EXPECT_EQ(size_of(Dtype::bfloat16), 2u);

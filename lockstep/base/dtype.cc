@@ -1,5 +1,7 @@
 #include "lockstep/base/dtype.h"
 
+#include <algorithm>
+
 #include "lockstep/base/error.h"
 
 namespace lockstep {
@@ -25,6 +27,12 @@ const Row& row_of(Dtype dtype) {
   return kRows[index];
 }
 
+std::optional<Dtype> find(std::string_view wanted, std::string_view Row::*name) {
+  const auto found = std::ranges::find(kRows, wanted, name);
+  if (found == std::end(kRows)) return std::nullopt;
+  return static_cast<Dtype>(found - kRows);
+}
+
 }  // namespace
 
 std::size_t size_of(Dtype dtype) { return row_of(dtype).size; }
@@ -32,10 +40,9 @@ std::string_view name_of(Dtype dtype) { return row_of(dtype).name; }
 std::string_view safetensors_name_of(Dtype dtype) { return row_of(dtype).safetensors_name; }
 bool is_floating_point(Dtype dtype) { return row_of(dtype).floating_point; }
 
-std::optional<Dtype> dtype_from_name(std::string_view name) {
-  for (int i = 0; i < kDtypeCount; ++i)
-    if (name == kRows[i].name || name == kRows[i].safetensors_name) return static_cast<Dtype>(i);
-  return std::nullopt;
+std::optional<Dtype> dtype_from_name(std::string_view name) { return find(name, &Row::name); }
+std::optional<Dtype> dtype_from_safetensors_name(std::string_view name) {
+  return find(name, &Row::safetensors_name);
 }
 
 }  // namespace lockstep

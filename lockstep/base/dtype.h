@@ -24,7 +24,8 @@ inline constexpr int kDtypeCount = 8;
 std::size_t size_of(Dtype dtype);                             // bytes of one element
 std::string_view name_of(Dtype dtype);                        // "float32", as in PyTorch
 std::string_view safetensors_name_of(Dtype dtype);            // "F32"
-std::optional<Dtype> dtype_from_name(std::string_view name);  // accepts either name
+std::optional<Dtype> dtype_from_name(std::string_view name);
+std::optional<Dtype> dtype_from_safetensors_name(std::string_view name);
 bool is_floating_point(Dtype dtype);
 
 }  // namespace lockstep

@@ -36,6 +36,18 @@ class CommError : public Error {
 // "No space left on device" for the errno given; thread-safe.
 std::string errno_text(int error_number);
 
+// read(), whose Error means that the user's input is wrong: the same words as a ConfigError.
+template <typename Read>
+auto as_input(Read&& read, const std::string& hint = "") {
+  try {
+    return read();
+  } catch (const ConfigError&) {
+    throw;
+  } catch (const Error& error) {
+    throw ConfigError(error.what(), hint);
+  }
+}
+
 [[noreturn]] void check_failed(const char* condition, const char* file, int line,
                                std::string_view message);
 

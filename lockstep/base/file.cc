@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdio>
@@ -20,37 +21,28 @@ Error cannot(const char* action, const fs::path& path, int error_number) {
                errno_text(error_number));
 }
 
-// Appends the descriptor's bytes to a container of one-byte elements. Grows as it reads: the size
-// that fstat tells is a hint (0 for /proc, stale for a growing file). Returns 0 or the errno.
-template <typename Container>
-int read_to_end(int fd, Container& out) {
-  struct stat status {};
-  if (::fstat(fd, &status) != 0) return errno;
-  if (S_ISDIR(status.st_mode)) return EISDIR;
-  std::size_t used = 0;
-  out.resize(static_cast<std::size_t>(status.st_size) + 1);  // one more, to see the end at once
-  for (;;) {
-    if (used == out.size()) out.resize(used < 4096 ? 8192 : 2 * used);
-    const ssize_t count = ::read(fd, out.data() + used, out.size() - used);
-    if (count < 0 && errno == EINTR) continue;
-    if (count < 0) return errno;
-    if (count == 0) break;
-    used += static_cast<std::size_t>(count);
-  }
-  out.resize(used);
-  return 0;
-}
-
+// Into a container of one-byte elements. Grows as it reads: the size that fstat tells is a hint (0
+// for /proc, stale for a growing file).
 template <typename Container>
 Container read_whole(const fs::path& path) {
   // Not to wait for the other end of a FIFO.
   UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (!fd) throw cannot("read", path, errno);
   struct stat status {};
-  if (::fstat(fd.get(), &status) == 0 && !S_ISREG(status.st_mode) && !S_ISDIR(status.st_mode))
+  if (!fd || ::fstat(fd.get(), &status) != 0) throw cannot("read", path, errno);
+  if (S_ISDIR(status.st_mode)) throw cannot("read", path, EISDIR);
+  if (!S_ISREG(status.st_mode))
     throw Error("cannot read " + path.string() + ": it is no regular file");
   Container out;
-  if (const int error = read_to_end(fd.get(), out)) throw cannot("read", path, error);
+  out.resize(static_cast<std::size_t>(status.st_size) + 1);  // one more, to see the end at once
+  std::size_t used = 0;
+  for (;;) {
+    if (used == out.size()) out.resize(used < 4096 ? 8192 : 2 * used);
+    const ssize_t count = ::read(fd.get(), out.data() + used, out.size() - used);
+    if (count < 0 && errno != EINTR) throw cannot("read", path, errno);
+    if (count == 0) break;
+    used += static_cast<std::size_t>(std::max<ssize_t>(count, 0));
+  }
+  out.resize(used);
   return out;
 }
 

@@ -1,10 +1,11 @@
 #include "lockstep/base/hash.h"
 
-#include <fcntl.h>
+#include <fmt/format.h>
 #include <openssl/evp.h>
-#include <unistd.h>
 
+#include <array>
 #include <cerrno>
+#include <fstream>
 #include <memory>
 #include <vector>
 
@@ -24,12 +25,7 @@ class Sha256 {
     unsigned char digest[EVP_MAX_MD_SIZE];
     unsigned int length = 0;
     LOCKSTEP_CHECK(EVP_DigestFinal_ex(context_.get(), digest, &length));
-    std::string text;
-    for (unsigned int i = 0; i < length; ++i) {
-      text += "0123456789abcdef"[digest[i] >> 4];
-      text += "0123456789abcdef"[digest[i] & 15];
-    }
-    return text;
+    return fmt::format("{:02x}", fmt::join(digest, digest + length, ""));
   }
 
  private:
@@ -56,22 +52,13 @@ std::string sha256_hex(std::span<const std::byte> bytes) {
 }
 
 std::string sha256_hex_of_file(const std::string& path) {
-  const auto fail = [&](int error) -> Error {
-    return Error("cannot read " + path + ": " + errno_text(error));
-  };
-  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!fd) throw fail(errno);
+  std::ifstream file(path, std::ios::binary);
   Sha256 hash;
-  std::vector<std::byte> buffer(1 << 16);
-  for (;;) {
-    const ssize_t count = ::read(fd.get(), buffer.data(), buffer.size());
-    if (count == 0) return hash.hex();
-    if (count > 0) {
-      hash.update({buffer.data(), static_cast<std::size_t>(count)});
-    } else if (errno != EINTR) {
-      throw fail(errno);
-    }
-  }
+  std::vector<char> buffer(1 << 16);
+  while (file.read(buffer.data(), std::ssize(buffer)), file.gcount() > 0)
+    hash.update(as_byte_span({buffer.data(), static_cast<std::size_t>(file.gcount())}));
+  if (!file.eof()) throw Error("cannot read " + path + ": " + errno_text(errno));
+  return hash.hex();
 }
 
 std::uint32_t crc32c(std::span<const std::byte> bytes) {

@@ -2,7 +2,6 @@
 // seeds.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>

@@ -1,35 +1,24 @@
 #include "lockstep/bridge/dtypes.h"
 
+#include <algorithm>
+
 #include "lockstep/base/error.h"
 
 namespace lockstep {
 
+// Indexed by the enumerator's value.
+constexpr at::ScalarType kTypes[kDtypeCount] = {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16,
+                                                at::kChar,   at::kInt,   at::kLong, at::kByte};
+
 std::optional<Dtype> dtype_from(at::ScalarType type) {
-  for (int i = 0; i < kDtypeCount; ++i)
-    if (scalar_type_from(static_cast<Dtype>(i)) == type) return static_cast<Dtype>(i);
-  return std::nullopt;
+  const auto found = std::ranges::find(kTypes, type);
+  if (found == std::end(kTypes)) return std::nullopt;
+  return static_cast<Dtype>(found - kTypes);
 }
 
 at::ScalarType scalar_type_from(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64:
-      return at::kDouble;
-    case Dtype::float32:
-      return at::kFloat;
-    case Dtype::float16:
-      return at::kHalf;
-    case Dtype::bfloat16:
-      return at::kBFloat16;
-    case Dtype::int8:
-      return at::kChar;
-    case Dtype::int32:
-      return at::kInt;
-    case Dtype::int64:
-      return at::kLong;
-    case Dtype::uint8:
-      return at::kByte;
-  }
-  LOCKSTEP_CHECK(false, "unknown dtype");
+  LOCKSTEP_CHECK(static_cast<int>(dtype) < kDtypeCount, "unknown dtype");
+  return kTypes[static_cast<std::size_t>(dtype)];
 }
 
 std::span<std::byte> bytes_of(const at::Tensor& tensor) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <numeric>
 #include <unordered_set>
 #include <utility>
@@ -120,12 +121,6 @@ at::Tensor view_of(std::span<std::byte> memory, const ParameterLayout& layout, s
   if (!keep) return at::from_blob(place.data(), layout.entries[entry].shape, options);
   return at::from_blob(
       place.data(), layout.entries[entry].shape, [keep = std::move(keep)](void*) {}, options);
-}
-
-void move_into(std::span<std::byte> memory, const ParameterLayout& layout,
-               std::span<const at::Tensor> tensors, std::shared_ptr<void> keep) {
-  copy_into(memory, layout, tensors);
-  live_in(memory, layout, tensors, std::move(keep));
 }
 
 void live_in(std::span<std::byte> memory, const ParameterLayout& layout,

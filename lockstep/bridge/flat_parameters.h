@@ -9,7 +9,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -59,17 +58,11 @@ ParameterLayout make_layout(std::span<const NamedTensor> tensors, Dtype dtype = 
 at::Tensor view_of(std::span<std::byte> memory, const ParameterLayout& layout, std::size_t entry,
                    std::shared_ptr<void> keep = nullptr);
 
-// Copies every tensor into its place and lets it live there: the same tensor, other storage, so
-// that optimizers, hooks and tied uses keep working. Padding becomes zero.
-void move_into(std::span<std::byte> memory, const ParameterLayout& layout,
-               std::span<const at::Tensor> tensors, std::shared_ptr<void> keep = nullptr);
-// The same without the copy: the memory holds the values already. It may be mapped read-only.
+// Every tensor lives in its place from now on, with the values there: the same tensor, other
+// storage, so that optimizers, hooks and tied uses keep working. The memory may be mapped
+// read-only.
 void live_in(std::span<std::byte> memory, const ParameterLayout& layout,
              std::span<const at::Tensor> tensors, std::shared_ptr<void> keep = nullptr);
-inline void move_into(std::span<float> memory, const ParameterLayout& layout,
-                      std::span<const at::Tensor> tensors) {
-  move_into(std::as_writable_bytes(memory), layout, tensors);
-}
 
 // Copies tensors into their places, an undefined one as zeros; padding becomes zero. A tensor that
 // lives in its place already costs nothing. Sparse tensors arrive dense.

@@ -5,11 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
-#include <cstring>
+#include "lockstep/base/instruction_sets.h"
 
 // Exported by libtorch, without a header. Weak: without it, libtorch's own choice.
 namespace at::native {
@@ -23,25 +19,9 @@ namespace {
 // Below, finding the primitive costs what it gains.
 constexpr std::int64_t kLeastProducts = 1 << 22;
 
-bool is_other_avx512_machine() {
-#if defined(__x86_64__)
-  unsigned highest = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid(0, &highest, &b, &c, &d) == 0) return false;
-  char vendor[12];
-  std::memcpy(vendor, &b, 4);
-  std::memcpy(vendor + 4, &d, 4);
-  std::memcpy(vendor + 8, &c, 4);
-  return std::memcmp(vendor, "GenuineIntel", sizeof(vendor)) != 0 &&
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
-#endif
-}
-
 bool prefers_onednn() {
   static const bool prefers = &at::native::mkldnn_matmul != nullptr && at::hasMKLDNN() &&
-                              at::hasMKL() && is_other_avx512_machine();
+                              at::hasMKL() && has_avx512() && !is_intel();
   return prefers;
 }
 

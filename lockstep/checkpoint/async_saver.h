@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <filesystem>
 #include <future>
-#include <memory>
 #include <optional>
 
 #include "lockstep/base/deadline.h"

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <fstream>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
@@ -195,24 +196,11 @@ Checkpoint Checkpoint::open(const fs::path& path) {
     throw ConfigError(fmt::format("{}: there is no such folder", path.string()),
                       "a checkpoint is a folder step-…");
   const fs::path file = path / kManifest;
-  std::string text;
-  try {
-    text = read_text_file(file);
-  } catch (const Error& failure) {
-    throw ConfigError(failure.what(), fs::exists(file, error) ? kHint
-                                                              : "a folder without it is no whole "
-                                                                "checkpoint");
-  }
-  checkpoint.manifest_ = parse_manifest(text, file.string());
-  for (const Manifest::Shard& shard : checkpoint.manifest_.shards) {
-    try {
-      check_shard(path / shard.file, shard);
-    } catch (const ConfigError&) {
-      throw;
-    } catch (const Error& failure) {
-      throw ConfigError(failure.what(), kHint);
-    }
-  }
+  const char* hint = fs::exists(file, error) ? kHint : "a folder without it is no whole checkpoint";
+  checkpoint.manifest_ =
+      parse_manifest(as_input([&] { return read_text_file(file); }, hint), file.string());
+  for (const Manifest::Shard& shard : checkpoint.manifest_.shards)
+    as_input([&] { check_shard(path / shard.file, shard); }, kHint);
   return checkpoint;
 }
 
@@ -223,24 +211,18 @@ const Manifest::Tensor* Checkpoint::find(std::string_view name) const {
 
 void Checkpoint::read(std::string_view name, std::span<std::byte> out) const {
   const Manifest::Tensor* tensor = find(name);
-  if (tensor == nullptr)
-    throw ConfigError(fmt::format("{}: there is no tensor {}", path_.string(), shown_name(name)),
-                      "the checkpoint of another model?");
-  if (tensor->bytes != out.size())
-    throw ConfigError(fmt::format("{}: tensor {} has {} bytes, {} are wanted", path_.string(),
-                                  shown_name(name), tensor->bytes, out.size()),
-                      "the checkpoint of another model?");
+  if (tensor == nullptr || tensor->bytes != out.size())
+    throw ConfigError(
+        tensor == nullptr
+            ? fmt::format("{}: there is no tensor {}", path_.string(), shown_name(name))
+            : fmt::format("{}: tensor {} has {} bytes, {} are wanted", path_.string(),
+                          shown_name(name), tensor->bytes, out.size()),
+        "the checkpoint of another model?");
   const fs::path file = path_ / manifest_.shards[tensor->shard].file;
-  UniqueFd fd(::open(file.c_str(), O_RDONLY | O_CLOEXEC));
-  ssize_t count = fd ? 1 : -1;
-  for (std::size_t done = 0; count > 0 && done < out.size();
-       done += static_cast<std::size_t>(std::max<ssize_t>(count, 0))) {
-    do {
-      count = ::pread(fd.get(), out.data() + done, out.size() - done,
-                      static_cast<off_t>(tensor->offset + done));
-    } while (count < 0 && errno == EINTR);
-  }
-  if (count < 0)
+  std::ifstream in(file, std::ios::binary);
+  in.seekg(static_cast<std::streamoff>(tensor->offset));
+  in.read(reinterpret_cast<char*>(out.data()), static_cast<std::streamsize>(out.size()));
+  if (!in && !in.eof())
     throw ConfigError(fmt::format("cannot read {}: {}", file.string(), errno_text(errno)), kHint);
   if (sha256_hex(out) != tensor->sha256)
     throw ConfigError(fmt::format("{}: tensor {} is not what was written: its checksum differs",

@@ -2,13 +2,11 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <nlohmann/json.hpp>
-
 #include "lockstep/base/bytes.h"
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
 #include "lockstep/base/hash.h"
+#include "lockstep/checkpoint/json.h"
 #include "lockstep/checkpoint/safetensors.h"
 
 namespace lockstep {
@@ -50,8 +48,7 @@ const json& member(const json& object, const char* key, const std::string& of = 
 
 std::uint64_t count(const json& object, const char* key, const std::string& of = "") {
   const json& value = member(object, key, of);
-  if (!value.is_number_unsigned() || value.get<std::uint64_t>() > INT64_MAX)
-    throw Fault{fmt::format("{}\"{}\" is no count", of, key)};
+  if (!is_count(value)) throw Fault{fmt::format("{}\"{}\" is no count", of, key)};
   return value.get<std::uint64_t>();
 }
 
@@ -79,16 +76,11 @@ Manifest::Tensor read_tensor(const json& value, const std::vector<Manifest::Shar
   tensor.name = text(value, "name", "a tensor's ");
   const std::string of = fmt::format("tensor {}: ", shown_name(tensor.name));
   const std::string& dtype_name = text(value, "dtype", of);
-  const auto dtype = dtype_from_name(dtype_name);
-  if (!dtype || safetensors_name_of(*dtype) != dtype_name)
-    throw Fault{of + "unknown dtype " + shown_name(dtype_name)};
+  const auto dtype = dtype_from_safetensors_name(dtype_name);
+  if (!dtype) throw Fault{of + "unknown dtype " + shown_name(dtype_name)};
   tensor.dtype = *dtype;
   const json& shape = member(value, "shape", of);
-  const auto is_extent = [](const json& extent) {
-    return extent.is_number_unsigned() && extent.get<std::uint64_t>() <= INT64_MAX;
-  };
-  if (!shape.is_array() || !std::all_of(shape.begin(), shape.end(), is_extent))
-    throw Fault{of + "\"shape\" is no list of extents"};
+  if (!is_list_of_counts(shape)) throw Fault{of + "\"shape\" is no list of extents"};
   tensor.shape = shape.get<std::vector<std::int64_t>>();
   tensor.shard = count(value, "shard", of);
   tensor.offset = count(value, "offset", of);

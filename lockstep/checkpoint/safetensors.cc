@@ -9,6 +9,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
 #include "lockstep/base/hash.h"
+#include "lockstep/checkpoint/json.h"
 
 namespace lockstep {
 namespace {
@@ -25,43 +26,32 @@ struct Entry {
   std::uint64_t end = 0;
 };
 
-// One tensor of the header, checked on its own. `why` receives what is wrong.
-std::optional<Entry> read_entry(const std::string& name, const json& value,
-                                std::uint64_t data_bytes, std::string& why) {
-  const auto wrong = [&](std::string text) {
-    why = std::move(text);
-    return std::nullopt;
+// One tensor of the header, checked on its own. bad(why) is what it throws.
+template <typename Bad>
+Entry read_entry(const std::string& name, const json& value, std::uint64_t data_bytes, Bad&& bad) {
+  const auto wrong = [&](const std::string& why) {
+    return bad(fmt::format("tensor {}: {}", shown_name(name), why));
   };
   const auto part = [&](const char* key) {
     const auto found = value.is_object() ? value.find(key) : value.end();
     return found == value.end() ? json() : *found;
   };
   const json dtype_name = part("dtype"), shape = part("shape"), offsets = part("data_offsets");
-  const auto is_count = [](const json& number) {
-    return number.is_number_unsigned() && number.get<std::uint64_t>() <= INT64_MAX;
-  };
-  const auto all_counts = [&](const json& list) {
-    return list.is_array() && std::all_of(list.begin(), list.end(), is_count);
-  };
-  if (!dtype_name.is_string() || !all_counts(shape) || !all_counts(offsets) || offsets.size() != 2)
-    return wrong("needs a dtype, a shape and two data_offsets");
-  const auto dtype = dtype_from_name(dtype_name.get<std::string>());
-  if (!dtype || safetensors_name_of(*dtype) != dtype_name.get<std::string>())
-    return wrong("unknown dtype " + shown_name(dtype_name.get<std::string>()));
-
-  Entry entry;
-  entry.view.name = name;
-  entry.view.dtype = *dtype;
-  entry.view.shape = shape.get<std::vector<std::int64_t>>();
-  entry.begin = offsets[0].get<std::uint64_t>();
-  entry.end = offsets[1].get<std::uint64_t>();
+  if (!dtype_name.is_string() || !is_list_of_counts(shape) || !is_list_of_counts(offsets) ||
+      offsets.size() != 2)
+    throw wrong("needs a dtype, a shape and two data_offsets");
+  const auto dtype = dtype_from_safetensors_name(dtype_name.get<std::string>());
+  if (!dtype) throw wrong("unknown dtype " + shown_name(dtype_name.get<std::string>()));
+  const Entry entry{{name, *dtype, shape.get<std::vector<std::int64_t>>(), {}},
+                    offsets[0].get<std::uint64_t>(),
+                    offsets[1].get<std::uint64_t>()};
   if (entry.begin > entry.end || entry.end > data_bytes)
-    return wrong(fmt::format("its bytes [{}, {}) lie outside the file's {} bytes of data",
-                             entry.begin, entry.end, data_bytes));
+    throw wrong(fmt::format("its bytes [{}, {}) lie outside the file's {} bytes of data",
+                            entry.begin, entry.end, data_bytes));
   const auto expected = byte_count(entry.view.shape, *dtype);
   if (!expected || *expected != entry.end - entry.begin)
-    return wrong(fmt::format("{} bytes do not fit its shape {} of {}", entry.end - entry.begin,
-                             shape.dump(), dtype_name.get<std::string>()));
+    throw wrong(fmt::format("{} bytes do not fit its shape {} of {}", entry.end - entry.begin,
+                            shape.dump(), dtype_name.get<std::string>()));
   return entry;
 }
 
@@ -79,8 +69,7 @@ std::string shown_name(std::string_view name) {
 }
 
 std::string write_safetensors(const std::filesystem::path& path, std::vector<TensorView> tensors) {
-  std::sort(tensors.begin(), tensors.end(),
-            [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
+  std::ranges::sort(tensors, {}, &TensorView::name);
   json header = json::object();                       // sorted by name, as the tensors are
   std::vector<std::span<const std::byte>> pieces(2);  // length and header come last
   std::uint64_t offset = 0;
@@ -113,13 +102,7 @@ std::string write_safetensors(const std::filesystem::path& path, std::vector<Ten
 }
 
 SafetensorsFile SafetensorsFile::read(const std::filesystem::path& path) {
-  std::vector<std::byte> bytes;
-  try {
-    bytes = read_file(path);
-  } catch (const Error& error) {
-    throw ConfigError(error.what());
-  }
-  return parse(std::move(bytes), path.string());
+  return parse(as_input([&] { return read_file(path); }), path.string());
 }
 
 SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string name_for_errors) {
@@ -142,16 +125,11 @@ SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string
   std::vector<Entry> entries;
   for (const auto& [name, value] : header.items()) {
     if (name == kMetadata) continue;
-    std::string why;
-    auto entry = read_entry(name, value, data.size(), why);
-    if (!entry) throw bad(fmt::format("tensor {}: {}", shown_name(name), why));
-    entry->view.bytes = data.subspan(entry->begin, entry->end - entry->begin);
-    entries.push_back(std::move(*entry));
+    Entry& entry = entries.emplace_back(read_entry(name, value, data.size(), bad));
+    entry.view.bytes = data.subspan(entry.begin, entry.end - entry.begin);
   }
 
-  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
-    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
-  });
+  std::ranges::sort(entries, {}, [](const Entry& e) { return std::pair(e.begin, e.end); });
   std::uint64_t covered = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != covered)
@@ -162,15 +140,12 @@ SafetensorsFile SafetensorsFile::parse(std::vector<std::byte> bytes, std::string
   if (covered != data.size())
     throw bad(fmt::format("{} bytes belong to no tensor", data.size() - covered));
   for (Entry& entry : entries) file.tensors_.push_back(std::move(entry.view));
-  std::sort(file.tensors_.begin(), file.tensors_.end(),
-            [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
+  std::ranges::sort(file.tensors_, {}, &TensorView::name);
   return file;
 }
 
 const TensorView* SafetensorsFile::find(std::string_view name) const {
-  const auto found =
-      std::lower_bound(tensors_.begin(), tensors_.end(), name,
-                       [](const TensorView& view, std::string_view n) { return view.name < n; });
+  const auto found = std::ranges::lower_bound(tensors_, name, {}, &TensorView::name);
   return found != tensors_.end() && found->name == name ? &*found : nullptr;
 }
 

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "lockstep/base/bytes.h"
 #include "lockstep/base/error.h"
@@ -27,6 +26,7 @@ constexpr std::string_view kNames[] = {"join",
                                        "split",
                                        "send",
                                        "recv"};
+constexpr auto kTree = Operation::tree_all_reduce;
 constexpr int kMaxVirtualRanks = 0xffff;  // as the announcement has room for
 constexpr std::string_view kReductions[] = {"sum", "mean", "min", "max", "product"};
 std::string_view name_of(Operation operation) {
@@ -36,6 +36,13 @@ std::string_view name_of(Operation operation) {
 
 std::string_view safe_name_of(Dtype dtype) {
   return static_cast<int>(dtype) < kDtypeCount ? lockstep::name_of(dtype) : "unknown dtype";
+}
+
+// "OPERATION: what is wrong with its arguments".
+template <typename... Values>
+ConfigError wrong(Operation operation, fmt::format_string<Values...> text, Values&&... values) {
+  return ConfigError(fmt::format("{}: {}", name_of(operation),
+                                 fmt::format(text, std::forward<Values>(values)...)));
 }
 
 bool overlap(std::span<const std::byte> a, std::span<const std::byte> b) {
@@ -124,8 +131,8 @@ std::string describe(const Call& call) {
 
 std::uint64_t count_elements(std::span<const std::byte> data, Dtype dtype, Operation operation) {
   if (data.size() % size_of(dtype) != 0)
-    throw ConfigError(fmt::format("{}: {} bytes are no whole number of {} elements",
-                                  name_of(operation), data.size(), name_of(dtype)));
+    throw wrong(operation, "{} bytes are no whole number of {} elements", data.size(),
+                name_of(dtype));
   if (reinterpret_cast<std::uintptr_t>(data.data()) % size_of(dtype) != 0)
     throw ConfigError(fmt::format("{}: the memory is not aligned to its {} elements",
                                   name_of(operation), name_of(dtype)),
@@ -134,91 +141,76 @@ std::uint64_t count_elements(std::span<const std::byte> data, Dtype dtype, Opera
 }
 
 void check_root(int root, int size, Operation operation) {
-  if (root < 0 || root >= size)
-    throw ConfigError(fmt::format("{}: root {} in a group of {}", name_of(operation), root, size));
+  if (root < 0 || root >= size) throw wrong(operation, "root {} in a group of {}", root, size);
 }
 
 void check_peer(int peer, int rank, int size, Operation operation) {
   if (peer < 0 || peer >= size || peer == rank)
-    throw ConfigError(fmt::format("{}: rank {} names rank {} in a group of {}", name_of(operation),
-                                  rank, peer, size));
+    throw wrong(operation, "rank {} names rank {} in a group of {}", rank, peer, size);
 }
 
 void check_parts(std::span<const std::byte> part, std::span<const std::byte> whole, int parts,
                  int own, Operation operation) {
   if (checked_multiply(part.size(), static_cast<std::uint64_t>(parts)) != whole.size())
-    throw ConfigError(fmt::format("{}: the whole has {} bytes, {} parts of {} bytes need {}",
-                                  name_of(operation), whole.size(), parts, part.size(),
-                                  parts * part.size()));
+    throw wrong(operation, "the whole has {} bytes, {} parts of {} bytes need {}", whole.size(),
+                parts, part.size(), parts * part.size());
   if (overlap(part, whole) && (own < 0 || part.data() != whole.data() + own * part.size()))
-    throw ConfigError(fmt::format("{}: input and output overlap in another place than a rank's own",
-                                  name_of(operation)));
+    throw wrong(operation, "input and output overlap in another place than a rank's own");
 }
 
 void check_counts(std::span<const std::uint64_t> counts, std::span<const std::byte> data,
                   Dtype dtype, int size, Operation operation) {
   if (counts.size() != static_cast<std::size_t>(size))
-    throw ConfigError(
-        fmt::format("{}: {} counts for {} ranks", name_of(operation), counts.size(), size));
+    throw wrong(operation, "{} counts for {} ranks", counts.size(), size);
   const std::uint64_t elements = count_elements(data, dtype, operation);
   std::uint64_t sum = 0;
   for (const std::uint64_t count : counts) {
     if (count > elements - sum)
-      throw ConfigError(
-          fmt::format("{}: counts exceed the {} elements given", name_of(operation), elements));
+      throw wrong(operation, "counts exceed the {} elements given", elements);
     sum += count;
   }
-  if (sum != elements)
-    throw ConfigError(
-        fmt::format("{}: counts name {} of {} elements given", name_of(operation), sum, elements));
+  if (sum != elements) throw wrong(operation, "counts name {} of {} elements given", sum, elements);
 }
 
 void check_apart(std::span<const std::byte> input, std::span<const std::byte> output,
                  Operation operation) {
-  if (overlap(input, output))
-    throw ConfigError(fmt::format("{}: input and output overlap", name_of(operation)));
+  if (overlap(input, output)) throw wrong(operation, "input and output overlap");
 }
 
 std::size_t check_all_to_all(std::span<const std::byte> input, std::span<const std::byte> output,
                              Dtype dtype, int size) {
   const std::size_t parts_bytes = size_of(dtype) * static_cast<std::size_t>(size);
   if (input.size() != output.size() || input.size() % parts_bytes != 0)
-    throw ConfigError(fmt::format("all_to_all: {} bytes in and {} out are not {} equal parts",
-                                  input.size(), output.size(), size));
+    throw wrong(Operation::all_to_all, "{} bytes in and {} out are not {} equal parts",
+                input.size(), output.size(), size);
   check_apart(input, output, Operation::all_to_all);
   return input.size() / static_cast<std::size_t>(size);
 }
 
 void check_layout(const TreeLayout& layout, int size) {
   if (layout.runs.size() != static_cast<std::size_t>(size))
-    throw ConfigError(fmt::format("tree_all_reduce: the layout has {} runs for {} ranks",
-                                  layout.runs.size(), size));
+    throw wrong(kTree, "the layout has {} runs for {} ranks", layout.runs.size(), size);
   int next = 0;
   for (const VirtualRange run : layout.runs) {
     if (run.lo != next || run.hi < run.lo)
-      throw ConfigError(fmt::format("tree_all_reduce: run [{}, {}) should begin at virtual rank {}",
-                                    run.lo, run.hi, next));
+      throw wrong(kTree, "run [{}, {}) should begin at virtual rank {}", run.lo, run.hi, next);
     next = run.hi;
   }
   if (next > kMaxVirtualRanks)
-    throw ConfigError(
-        fmt::format("tree_all_reduce: {} virtual ranks are more than {}", next, kMaxVirtualRanks));
+    throw wrong(kTree, "{} virtual ranks are more than {}", next, kMaxVirtualRanks);
   if (next != layout.virtual_ranks || next < 1)
-    throw ConfigError(fmt::format("tree_all_reduce: the runs cover {} of {} virtual ranks", next,
-                                  layout.virtual_ranks));
+    throw wrong(kTree, "the runs cover {} of {} virtual ranks", next, layout.virtual_ranks);
 }
 
 void check_tree(std::span<const std::byte> slots, std::span<const std::byte> result, Dtype dtype,
                 std::size_t contributions) {
-  if (!is_floating_point(dtype))
-    throw ConfigError(fmt::format("tree_all_reduce: {} is not floating point", name_of(dtype)));
+  if (!is_floating_point(dtype)) throw wrong(kTree, "{} is not floating point", name_of(dtype));
   const auto needed = checked_multiply(result.size(), contributions);
   if (!needed || *needed > slots.size())
-    throw ConfigError(
-        fmt::format("tree_all_reduce: {} contributions of {} bytes do not fit in slots of {} bytes",
-                    contributions, result.size(), slots.size()));
+    throw wrong(kTree, "{} contributions of {} bytes do not fit in slots of {} bytes",
+                contributions, result.size(), slots.size());
   if (overlap(slots, result) && slots.data() != result.data())
-    throw ConfigError("tree_all_reduce: result overlaps slots, but not at their beginning");
+    throw wrong(kTree, "result overlaps slots, but not at their beginning");
 }
 
 }  // namespace lockstep

@@ -10,7 +10,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include "lockstep/base/dtype.h"
 #include "lockstep/collective/group.h"

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "lockstep/base/error.h"
+#include "lockstep/base/instruction_sets.h"
 
 // Compiles the functions up to LOCKSTEP_TARGET_END for an instruction set.
 #if defined(__clang__)
@@ -51,23 +52,16 @@ std::span<const Kernels> all_kernels() {
   static const Kernels sets[] = {
     LOCKSTEP_KERNELS(baseline, true),
 #if defined(__x86_64__)
-    LOCKSTEP_KERNELS(avx2, __builtin_cpu_supports("avx2") != 0),
-    LOCKSTEP_KERNELS(avx512,
-                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+    LOCKSTEP_KERNELS(avx2, has_avx2()),
+    LOCKSTEP_KERNELS(avx512, has_avx512()),
 #endif
   };
   return sets;
 }
 
 const Kernels& kernels() {
-  static const Kernels& widest = []() -> const Kernels& {
-    const Kernels* best = nullptr;
-    for (const Kernels& set : all_kernels())
-      if (set.usable) best = &set;
-    return *best;
-  }();
-  return widest;
+  static const Kernels& best = widest(all_kernels());
+  return best;
 }
 
 }  // namespace lockstep

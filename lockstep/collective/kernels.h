@@ -28,7 +28,7 @@ struct Kernels {
   BinaryKernel (*binary)(Dtype dtype, Reduction reduction);
   // data[i] /= divisor.
   void (*divide)(void* data, Dtype dtype, std::int64_t divisor, std::size_t count);
-  // float16 and bfloat16 alone.
+  // Any dtype's numbers as float32, and back: 16-bit ones are rounded, integers must fit.
   void (*widen_to_float32)(float* out, const void* in, Dtype dtype, std::size_t count);
   void (*round_from_float32)(void* out, const float* in, Dtype dtype, std::size_t count);
 };

@@ -24,33 +24,13 @@ std::string_view trimmed(std::string_view text) {
   return text.substr(first, text.find_last_not_of(" \t") - first + 1);
 }
 
-// Bytes of the UTF-8 character that a text begins with; 0: none that can be shown.
-std::size_t printable_length(std::string_view text) {
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
-  const unsigned char first = byte(0);
-  if (first < 0x80) return first >= 0x20 && first != 0x7f ? 1 : 0;
-  const std::size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
-  if (first < 0xc2 || first > 0xf4 || text.size() < length) return 0;
-  for (std::size_t i = 1; i < length; ++i)
-    if ((byte(i) & 0xc0) != 0x80) return 0;
-  // Overlong forms, surrogates, what is beyond Unicode; C1 control characters.
-  const unsigned char second = byte(1);
-  const bool wrong = (first == 0xe0 && second < 0xa0) || (first == 0xed && second >= 0xa0) ||
-                     (first == 0xf0 && second < 0x90) || (first == 0xf4 && second >= 0x90) ||
-                     (first == 0xc2 && second < 0xa0);
-  return wrong ? 0 : length;
-}
-
 // For messages: one line of UTF-8, whatever the text; not too long.
 std::string shown(std::string_view text) {
-  constexpr std::size_t kMostShown = 40;
-  std::string result = "\"";
-  while (!text.empty() && result.size() <= kMostShown) {
-    const std::size_t length = printable_length(text);
-    result += length == 0 ? "?" : text.substr(0, length);
-    text.remove_prefix(std::max<std::size_t>(length, 1));
-  }
-  return result + (text.empty() ? "\"" : "…\"");
+  std::size_t end = std::min<std::size_t>(text.size(), 40);
+  while (end < text.size() && (text[end] & 0xc0) == 0x80) ++end;  // a whole character
+  std::string result = fmt::format("{:?}", text.substr(0, end));
+  if (end < text.size()) result.insert(result.size() - 1, "…");
+  return result;
 }
 
 // Splits a text into records as RFC 4180 has them, and counts lines as an editor does. (libcsv
@@ -110,8 +90,7 @@ class Records {
       if (quote == std::string_view::npos)
         throw ConfigError(fmt::format("{}: a quote is opened and never closed", place()));
       out += rest_.substr(0, quote);
-      next_line_ +=
-          static_cast<std::size_t>(std::count(rest_.begin(), rest_.begin() + quote, '\n'));
+      next_line_ += static_cast<std::size_t>(std::ranges::count(rest_.substr(0, quote), '\n'));
       rest_.remove_prefix(quote + 1);
       if (!rest_.starts_with('"')) return;
       out += '"';  // doubled: one of the field's own
@@ -142,8 +121,7 @@ std::size_t find_column(const std::vector<std::string>& header, const std::strin
                         const std::string& place, std::string_view what) {
   const auto found = std::find(header.begin(), header.end(), column);
   if (found != header.end()) return static_cast<std::size_t>(found - header.begin());
-  const std::string near = nearest(column, header);
-  const std::string delimiter = delimiter_hint(header);
+  const std::string near = nearest(column, header), delimiter = delimiter_hint(header);
   throw ConfigError(fmt::format("{}: there is no {} column {}", place, what, shown(column)),
                     !delimiter.empty() ? delimiter
                     : near.empty()     ? fmt::format("the first column is {}", shown(header[0]))
@@ -159,8 +137,8 @@ std::vector<std::string> read_header(Records& records, const std::string& name) 
     header.emplace_back(records[i]);
   }
   auto sorted = header;
-  std::sort(sorted.begin(), sorted.end());
-  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  std::ranges::sort(sorted);
+  const auto twice = std::ranges::adjacent_find(sorted);
   if (twice != sorted.end())
     throw ConfigError(fmt::format("{}: two columns are named {}", records.place(), shown(*twice)));
   return header;
@@ -251,13 +229,7 @@ Dataset parse_csv(const std::string& content, const std::string& name, const Csv
 }
 
 Dataset load_csv(const std::filesystem::path& path, const CsvOptions& options) {
-  std::string content;
-  try {
-    content = read_text_file(path);
-  } catch (const Error& error) {
-    throw ConfigError(error.what());
-  }
-  return parse_csv(content, path.string(), options);
+  return parse_csv(as_input([&] { return read_text_file(path); }), path.string(), options);
 }
 
 }  // namespace lockstep

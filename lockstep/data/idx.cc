@@ -3,6 +3,7 @@
 #include <zlib.h>
 
 #include <algorithm>
+#include <memory>
 #include <span>
 
 #include "lockstep/base/bytes.h"
@@ -15,37 +16,21 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::uint64_t kMostUnpacked = std::uint64_t{1} << 32;  // gzip tells sizes modulo this
-constexpr std::uint64_t kBestRatio = 1032;                       // deflate packs no better
+constexpr std::size_t kMostUnpacked = std::size_t{1} << 32;  // gzip tells sizes modulo this
 
-bool is_gzip(std::span<const std::byte> bytes) {
-  return bytes.size() >= 2 && bytes[0] == std::byte{0x1f} && bytes[1] == std::byte{0x8b};
-}
-
-struct Inflater {
-  z_stream stream{};
-  Inflater() { LOCKSTEP_CHECK(inflateInit2(&stream, 15 + 16) == Z_OK, "zlib: inflateInit2"); }
-  ~Inflater() { inflateEnd(&stream); }
-  Inflater(const Inflater&) = delete;
-};
-
-// One or more gzip members. The trailer's size is believed only as far as it is possible; the
-// buffer grows with what is really there.
+// One or more gzip members. The buffer grows with what is really there, not with what is promised.
 std::vector<std::uint8_t> gunzip(std::span<const std::byte> packed, const std::string& name) {
   const auto damaged = [&](const std::string& why) {
     return ConfigError(fmt::format("{}: damaged gzip file: {}", name, why),
                        "fetch or unpack it again");
   };
   if (packed.size() >= kMostUnpacked) throw damaged("larger than 4 GiB");
-  std::uint64_t expected = 0;
-  if (packed.size() >= 18) expected = *read_little_endian<std::uint32_t>(packed, packed.size() - 4);
-  if (expected == 0 || expected > packed.size() * kBestRatio) expected = 4096;
-
-  Inflater inflater;
-  z_stream& stream = inflater.stream;
+  z_stream stream{};
   stream.next_in = reinterpret_cast<Bytef*>(const_cast<std::byte*>(packed.data()));
   stream.avail_in = static_cast<uInt>(packed.size());
-  std::vector<std::uint8_t> result(expected + 1);  // one more, to see the end without growing
+  LOCKSTEP_CHECK(inflateInit2(&stream, 15 + 16) == Z_OK, "zlib: inflateInit2");
+  const std::unique_ptr<z_stream, int (*)(z_stream*)> ended(&stream, inflateEnd);
+  std::vector<std::uint8_t> result(std::min(2 * packed.size() + 1, kMostUnpacked));
   std::size_t used = 0;
   for (;;) {
     if (used == result.size()) result.resize(std::min(2 * used, kMostUnpacked));
@@ -55,14 +40,13 @@ std::vector<std::uint8_t> gunzip(std::span<const std::byte> packed, const std::s
     stream.avail_out = room;
     const int code = inflate(&stream, Z_NO_FLUSH);
     used += room - stream.avail_out;
-    if (code == Z_STREAM_END) {
-      if (stream.avail_in == 0) break;
-      if (inflateReset(&stream) != Z_OK) throw damaged("cannot go on after a member");
-    } else if (code == Z_BUF_ERROR || (code == Z_OK && stream.avail_in == 0 && stream.avail_out)) {
+    if (code == Z_STREAM_END && stream.avail_in == 0) break;
+    if (code == Z_STREAM_END)
+      inflateReset(&stream);
+    else if (code == Z_BUF_ERROR || (code == Z_OK && stream.avail_in == 0 && stream.avail_out))
       throw damaged("it ends too early");
-    } else if (code != Z_OK) {
+    else if (code != Z_OK)
       throw damaged(stream.msg ? stream.msg : zError(code));
-    }
   }
   result.resize(used);
   return result;
@@ -99,15 +83,12 @@ IdxArray read_idx_or_hint(const fs::path& path, const std::string& hint_when_mis
     throw ConfigError(fmt::format("cannot read {}: there is neither this file nor {}.gz",
                                   path.string(), path.filename().string()),
                       hint_when_missing);
-  std::vector<std::byte> content;
-  try {
-    content = read_file(found);
-  } catch (const Error& error) {
-    throw ConfigError(error.what());
-  }
-  if (is_gzip(content)) return parse_idx(gunzip(content, found.string()), found.string());
+  const auto content = as_input([&] { return read_file(found); });
   const auto* first = reinterpret_cast<const std::uint8_t*>(content.data());
-  return parse_idx({first, first + content.size()}, found.string());
+  const bool packed = content.size() >= 2 && first[0] == 0x1f && first[1] == 0x8b;
+  return parse_idx(packed ? gunzip(content, found.string())
+                          : std::vector<std::uint8_t>(first, first + content.size()),
+                   found.string());
 }
 
 // Images and, unless labels_path is empty, their labels.

@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <string>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"

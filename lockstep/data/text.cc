@@ -38,11 +38,8 @@ Dataset load_text(const std::vector<fs::path>& places, std::int64_t block) {
   std::string text;
   for (const fs::path& place : places) {
     for (const fs::path& file : files_in(place)) {
-      try {
-        text += read_text_file(file);
-      } catch (const Error& error) {
-        throw ConfigError(error.what(), "a file of text, or a folder of such files");
-      }
+      text += as_input([&] { return read_text_file(file); },
+                       "a file of text, or a folder of such files");
       if (text.size() > kMostBytes)
         throw ConfigError(fmt::format("{}: more than {} bytes of text", data.source, kMostBytes),
                           "a smaller folder");

@@ -41,6 +41,17 @@ Dataset take_rows(const Dataset& data, const std::vector<std::uint64_t>& rows) {
   return result;
 }
 
+// Which of `count` are chosen: round(fraction * count), from 1 to `most`, by a keyed permutation.
+std::vector<bool> choose(std::uint64_t count, double fraction, std::uint64_t most,
+                         std::uint64_t key) {
+  const double wanted = std::round(fraction * static_cast<double>(count));
+  const auto number = std::clamp<std::uint64_t>(static_cast<std::uint64_t>(wanted), 1, most);
+  const Permutation permutation(count, key);
+  std::vector<bool> chosen(count);
+  for (std::uint64_t i = 0; i < number; ++i) chosen[permutation(i)] = true;
+  return chosen;
+}
+
 // Sums of a byte and of its square fit 32 bits for this many rows; then they go to 64 bits.
 constexpr std::uint64_t kRowsPerBlock = 65536;
 static_assert(kRowsPerBlock * 255 * 255 < (std::uint64_t{1} << 32));
@@ -112,21 +123,14 @@ Dataset select_classes(const Dataset& data, const std::vector<std::int64_t>& cla
 
 Dataset thin_class(const Dataset& data, std::int64_t class_number, double fraction,
                    std::uint64_t seed) {
-  std::vector<std::uint64_t> of_class;
-  for (std::uint64_t row = 0; row < data.classes.size(); ++row)
-    if (data.classes[row] == class_number) of_class.push_back(row);
-  if (of_class.empty())
+  const auto count = static_cast<std::uint64_t>(std::ranges::count(data.classes, class_number));
+  if (count == 0)
     throw ConfigError(data.source + ": there is no row of class " + std::to_string(class_number),
                       "dataset.keep_class is 0 to " + std::to_string(data.class_count - 1));
-  const std::uint64_t count = of_class.size();
-  const double wanted = std::round(fraction * static_cast<double>(count));
-  const auto kept = std::clamp<std::uint64_t>(static_cast<std::uint64_t>(wanted), 1, count);
-  const Permutation permutation(count, mix({seed, 0x7468696e}));  // "thin"
-  std::vector<bool> dropped(data.rows);
-  for (std::uint64_t i = kept; i < count; ++i) dropped[of_class[permutation(i)]] = true;
+  const auto kept = choose(count, fraction, count, mix({seed, 0x7468696e}));  // "thin"
   std::vector<std::uint64_t> rows;
-  for (std::uint64_t row = 0; row < data.rows; ++row)
-    if (!dropped[row]) rows.push_back(row);
+  for (std::uint64_t row = 0, seen = 0; row < data.rows; ++row)
+    if (data.classes[row] != class_number || kept[seen++]) rows.push_back(row);
   return take_rows(data, rows);
 }
 
@@ -164,12 +168,8 @@ TrainTest split_dataset(const Dataset& data, double test_fraction, std::uint64_t
     throw ConfigError(data.source + ": " + std::to_string(data.rows) +
                           " row cannot be split into a training and a test set",
                       "more rows, or split.test = 0");
-  const double wanted = std::round(test_fraction * static_cast<double>(data.rows));
-  const std::uint64_t test_rows =
-      std::clamp<std::uint64_t>(static_cast<std::uint64_t>(wanted), 1, data.rows - 1);
-  const Permutation permutation(data.rows, mix({seed, 0x73706c6974}));  // "split"
-  std::vector<bool> held_out(data.rows);
-  for (std::uint64_t i = 0; i < test_rows; ++i) held_out[permutation(i)] = true;
+  const auto held_out =
+      choose(data.rows, test_fraction, data.rows - 1, mix({seed, 0x73706c6974}));  // "split"
   std::vector<std::uint64_t> train, test;
   for (std::uint64_t row = 0; row < data.rows; ++row) (held_out[row] ? test : train).push_back(row);
   return {.train = take_rows(data, train), .test = take_rows(data, test)};

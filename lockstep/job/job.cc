@@ -72,14 +72,11 @@ class Setter {
  public:
   Setter(const Key& key, const std::string& where) : key_(key), where_(where) {}
 
-  void set(const toml::node& node, bool& out) const {
-    if (!node.is_boolean()) wrong_type(node);
-    out = node.as_boolean()->get();
-  }
+  void set(const toml::node& node, bool& out) const { out = exact<bool>(node); }
   void set(const toml::node& node, std::int64_t& out) const {
-    if (!node.is_integer()) wrong_type(node);
-    check_range(static_cast<double>(node.as_integer()->get()), node);
-    out = node.as_integer()->get();
+    const auto value = exact<std::int64_t>(node);
+    check_range(static_cast<double>(value), node);
+    out = value;
   }
   void set(const toml::node& node, std::uint64_t& out) const {
     std::int64_t value = 0;
@@ -87,18 +84,16 @@ class Setter {
     out = static_cast<std::uint64_t>(value);
   }
   void set(const toml::node& node, double& out) const {
-    if (!node.is_number()) wrong_type(node);
-    const double value = node.is_integer() ? static_cast<double>(node.as_integer()->get())
-                                           : node.as_floating_point()->get();
+    const double value =
+        node.is_integer() ? static_cast<double>(node.as_integer()->get()) : exact<double>(node);
     if (!std::isfinite(value)) fail(where_, key_.name, text_of(node) + " is not a finite number");
     check_range(value, node);
     out = value;
   }
   void set(const toml::node& node, std::string& out) const {
-    if (!node.is_string()) wrong_type(node);
-    const std::string& text = node.as_string()->get();
+    const auto& text = exact<std::string>(node);
     const auto& words = key_.limits.words;
-    if (!words.empty() && std::find(words.begin(), words.end(), text) == words.end())
+    if (!words.empty() && std::ranges::find(words, text) == words.end())
       fail(where_, key_.name, fmt::format("unknown {} {}", leaf(), text_of(node)),
            job::hint_for_word(text, words));
     if (text.find('\0') != std::string::npos) fail(where_, key_.name, "holds a NUL character");
@@ -112,14 +107,16 @@ class Setter {
       fail(where_, key_.name, fmt::format("{} elements are too many", list.size()),
            fmt::format("at most {}", kLongestList));
     std::vector<std::int64_t> result(list.size());
-    for (std::size_t i = 0; i < list.size(); ++i) {
-      if (!list[i].is_integer()) wrong_type(list[i]);
-      set(list[i], result[i]);
-    }
+    for (std::size_t i = 0; i < list.size(); ++i) set(list[i], result[i]);
     out = std::move(result);
   }
 
  private:
+  template <typename T>
+  const T& exact(const toml::node& node) const {
+    if (const auto* value = node.as<T>()) return value->get();
+    wrong_type(node);
+  }
   // "recipe", "model", "normalize": what a word names.
   std::string_view leaf() const {
     const std::size_t dot = key_.name.find('.');
@@ -166,7 +163,7 @@ class Builder {
   }
   // A check that involves several keys: the message points to where `key` was set.
   void require(bool holds, std::string_view key, const std::string& message,
-               const std::string& hint) const {
+               const std::string& hint = "leave it out") const {
     if (holds) return;
     const auto found = origins_.find(key);
     fail(found == origins_.end() ? name_ : found->second.where, key, message, hint);
@@ -243,16 +240,14 @@ void Builder::check_data(const job::Recipe& recipe) const {
           "dataset.delimiter",
           fmt::format("{} cannot separate columns", job::toml_string(delimiter)),
           R"(one character, such as ",", ";" or "\t")");
-  require(recipe.name == "csv" || job_.dataset.target.empty(), "dataset.target", "is for csv",
-          "leave it out");
+  require(recipe.name == "csv" || job_.dataset.target.empty(), "dataset.target", "is for csv");
   require(recipe.images || job_.dataset.normalize != "unit", "dataset.normalize",
           "\"unit\" is for images", "\"standard\" or \"none\"");
   require(!recipe.text || job_.dataset.normalize == "none", "dataset.normalize",
           "text is not normalised", "\"none\"");
   const auto& classes = job_.dataset.classes;
-  require(recipe.images || classes.empty(), "dataset.classes", "is for images", "leave it out");
-  require(recipe.images || job_.dataset.augment == "none", "dataset.augment", "is for images",
-          "leave it out");
+  require(recipe.images || classes.empty(), "dataset.classes", "is for images");
+  require(recipe.images || job_.dataset.augment == "none", "dataset.augment", "is for images");
   require(classes.size() != 1, "dataset.classes", "one class leaves nothing to tell apart",
           "name two or more, or none for all");
   require(std::set(classes.begin(), classes.end()).size() == classes.size(), "dataset.classes",
@@ -264,8 +259,7 @@ void Builder::check_data(const job::Recipe& recipe) const {
 
 void Builder::check_partition(bool classification) const {
   const DatasetSettings& data = job_.dataset;
-  require(classification || data.keep_fraction == 1, "dataset.keep_fraction", "is for classes",
-          "leave it out");
+  require(classification || data.keep_fraction == 1, "dataset.keep_fraction", "is for classes");
   const bool keyed = data.partition != "none" && data.partition != "range";
   require(keyed || data.partition_key.empty(), "dataset.partition_key",
           fmt::format("dataset.partition = \"{}\" has no use for it", data.partition),
@@ -305,13 +299,11 @@ void Builder::check_model(const job::Recipe& recipe, bool classification) const 
       classification == (loss == "cross_entropy" || loss == "hinge"), "loss.name",
       fmt::format("{} does not fit {}", loss, classification ? "classes" : "regression"),
       classification ? "cross_entropy, or hinge for two classes" : "mean_squared_error or huber");
-  require(loss == "cross_entropy" || !recipe.text, "loss.name", "gpt learns by cross_entropy",
-          "leave it out");
-  require(!recipe.text || !job_.loss.one_hot, "loss.one_hot", "is not for gpt", "leave it out");
+  require(loss == "cross_entropy" || !recipe.text, "loss.name", "gpt learns by cross_entropy");
+  require(!recipe.text || !job_.loss.one_hot, "loss.one_hot", "is not for gpt");
   require(loss != "hinge" || !recipe.images || job_.dataset.classes.size() == 2, "loss.name",
           "hinge needs exactly two classes", "for example dataset.classes = [0, 1]");
-  require(loss == "cross_entropy" || !job_.loss.one_hot, "loss.one_hot", "is for cross_entropy",
-          "leave it out");
+  require(loss == "cross_entropy" || !job_.loss.one_hot, "loss.one_hot", "is for cross_entropy");
   const bool closed_form = job_.optimizer.name == "closed_form";
   require(!closed_form || recipe.name == "linear-regression", "optimizer.name",
           "closed_form is for the recipe linear-regression", "sgd or adam");
@@ -346,8 +338,7 @@ void Builder::resolve_batch() {
 
 Job Builder::resolve() && {
   const auto& recipes = job::recipes();
-  const auto recipe = std::find_if(recipes.begin(), recipes.end(),
-                                   [&](const auto& r) { return r.name == job_.recipe; });
+  const auto recipe = std::ranges::find(recipes, job_.recipe, &job::Recipe::name);
   LOCKSTEP_CHECK(recipe != recipes.end());  // the schema lets no other name in
   const bool classification = recipe->images || recipe->text ||
                               (job_.recipe == "csv" && job_.dataset.task == "classification");
@@ -391,7 +382,7 @@ Job parse_job(std::string_view toml, const std::string& where,
 
 Job resolve_job(const std::string& name_or_path, const std::vector<Override>& overrides) {
   const auto& names = recipe_names();
-  if (std::find(names.begin(), names.end(), name_or_path) != names.end())
+  if (std::ranges::find(names, name_or_path) != names.end())
     return build(toml::table{{"recipe", name_or_path}}, name_or_path, overrides);
 
   std::error_code ignored;
@@ -404,43 +395,9 @@ Job resolve_job(const std::string& name_or_path, const std::vector<Override>& ov
   if (!looks_like_a_file)
     throw ConfigError(fmt::format("unknown recipe \"{}\"", printable(name_or_path)),
                       job::hint_for_word(name_or_path, names) + ", or a job file");
-  std::string text;
-  try {
-    text = read_text_file(path);
-  } catch (const Error& error) {
-    throw ConfigError(error.what(), "a job file or one of the recipes' names");
-  }
-  return parse_job(text, printable(name_or_path), overrides);
-}
-
-// The defaults of a recipe stand beside the general one where they differ.
-std::string describe_job_keys() {
-  std::string result = "| key | type | default | meaning |\n|---|---|---|---|\n";
-  for (const Key& key : job::schema()) {
-    const std::string general = job::value_as_toml(key, Job{});
-    std::string defaults = general == "\"\"" ? "" : fmt::format("`{}`", general);
-    for (const auto& recipe : job::recipes()) {
-      Builder builder(recipe.name);
-      builder.apply(parse_toml(recipe.defaults, recipe.name), Level::defaults);
-      const std::string own = job::value_as_toml(key, builder.job());
-      if (own != general)
-        defaults += fmt::format("{}{}: `{}`", defaults.empty() ? "" : "; ", recipe.name, own);
-    }
-    if (key.name == "loss.name") defaults += "; regression: `\"mean_squared_error\"`";
-    if (key.name == "train.global_batch_size" || key.name == "train.virtual_ranks") defaults = "";
-    std::string type(job::type_of(key));
-    if (type.starts_with("a")) type = type.substr(type.find(' ') + 1);
-    const auto& limits = key.limits;
-    const bool numeric = type != "text" && type != "true or false";
-    if (!limits.words.empty()) {
-      type = "";
-      for (const auto& word : limits.words) type += (type.empty() ? "`" : ", `") + word + '`';
-    } else if (numeric) {
-      type += ' ' + limits.text();
-    }
-    result += fmt::format("| `{}` | {} | {} | {} |\n", key.name, type, defaults, key.meaning);
-  }
-  return result;
+  return parse_job(
+      as_input([&] { return read_text_file(path); }, "a job file or one of the recipes' names"),
+      printable(name_or_path), overrides);
 }
 
 }  // namespace lockstep

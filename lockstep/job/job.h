@@ -4,8 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -26,18 +24,16 @@ struct ModelSettings {
   std::int64_t width = 128;    // of embeddings, a multiple of heads
   std::int64_t context = 128;  // bytes
   bool tied = true;            // the output layer is the embedding
-  bool operator==(const ModelSettings&) const = default;
 };
 struct OptimizerSettings {
-  std::string name =
-      "adam";  // sgd | momentum | nesterov | adam | adamw | closed_form (linear-regression)
+  // sgd | momentum | nesterov | adam | adamw | closed_form (linear-regression)
+  std::string name = "adam";
   double lr = 1e-3;
   double momentum = 0.9;  // momentum, nesterov
   double beta1 = 0.9;
   double beta2 = 0.999;
   double eps = 1e-8;
   double weight_decay = 0.0;
-  bool operator==(const OptimizerSettings&) const = default;
 };
 struct ScheduleSettings {
   std::string name = "constant";  // constant | linear (warm-up, then constant) | cosine | step
@@ -45,13 +41,11 @@ struct ScheduleSettings {
   double min_lr = 0.0;            // cosine
   std::int64_t step_epochs = 1;   // step: every so many epochs …
   double gamma = 0.1;             // … times this
-  bool operator==(const ScheduleSettings&) const = default;
 };
 struct LossSettings {
   std::string name = "cross_entropy";  // cross_entropy | mean_squared_error | huber | hinge
   bool one_hot = false;                // cross_entropy with one-hot targets
   double delta = 1.0;                  // huber
-  bool operator==(const LossSettings&) const = default;
 };
 struct DatasetSettings {
   std::string normalize = "standard";  // none | unit (bytes / 255) | standard (mean 0, deviation 1)
@@ -68,12 +62,10 @@ struct DatasetSettings {
   std::int64_t features = 10;              // linear-regression
   double noise = 0.1;                      // linear-regression
   std::uint64_t seed = 42;                 // linear-regression
-  bool operator==(const DatasetSettings&) const = default;
 };
 struct SplitSettings {
   double test = 0.0;  // fraction held out; 0: none (or the data's own test set)
   std::uint64_t seed = 42;
-  bool operator==(const SplitSettings&) const = default;
 };
 struct TrainSettings {
   std::int64_t epochs = 10;
@@ -92,19 +84,16 @@ struct TrainSettings {
   double min_delta = 0.0;             // what counts as progress
   std::string monitor = "test_loss";  // test_loss | test_accuracy
   bool print_test_loss = false;       // "Epoch 1, Test Loss: …" lines
-  bool operator==(const TrainSettings&) const = default;
 };
 struct CheckpointSettings {
   std::int64_t every_epochs = 1;  // 0: never
   std::int64_t every_steps = 0;   // 0: never
   std::int64_t keep = 1;          // the last so many, besides the best one
-  bool operator==(const CheckpointSettings&) const = default;
 };
 struct WorkerSettings {
   std::int64_t count = 1;
   std::int64_t threads = 1;  // intra-op, each
   double timeout_s = 300.0;  // of every collective
-  bool operator==(const WorkerSettings&) const = default;
 };
 
 struct Job {
@@ -120,7 +109,6 @@ struct Job {
   TrainSettings train;
   CheckpointSettings checkpoint;
   WorkerSettings workers;
-  bool operator==(const Job&) const = default;
 };
 
 // One setting that overrides the file, e.g. {"optimizer.lr", "1e-4", "--set"} or {"workers.count",
@@ -145,10 +133,6 @@ std::string to_toml(const Job& job);
 
 // Every setting that the result depends on, in the schema's order, with its value as TOML.
 std::vector<std::pair<std::string, std::string>> result_settings(const Job& job);
-
-// Every key of a job file as a Markdown table: key, type, default, meaning. docs/job-file.md holds
-// it.
-std::string describe_job_keys();
 
 const std::vector<std::string>& recipe_names();
 

@@ -10,16 +10,16 @@
 namespace lockstep::job {
 namespace {
 
-template <auto... members>
-auto& member(Job& job) {
-  return (job.*....*members);
-}
+// A key's name is the way to its value in a Job.
+#define KEY(PATH) \
+#PATH, +[](Job & job) -> auto& { return job.PATH; }
 
 constexpr double kMost = std::numeric_limits<double>::max();
 constexpr double kMostSeed = 9223372036854775807.0;  // TOML's integers are signed
 
 Limits between(double low, double high) { return {.low = low, .high = high}; }
 Limits at_least(double low) { return {.low = low, .high = kMost}; }
+Limits above_0(double high) { return {.low = 0, .high = high, .low_excluded = true}; }
 Limits fraction() { return {.low = 0, .high = 1, .high_excluded = true}; }
 // Numbers that the optimizers take as fp32, where products of two of them must not overflow either
 // and what is below 1 or above 0 has to stay so.
@@ -29,166 +29,6 @@ Limits float_fraction() { return between(0, 0.9999999); }
 Limits one_of(std::vector<std::string> words) { return {.words = std::move(words)}; }
 Limits any() { return {}; }
 
-std::vector<Key> make_schema() {
-  using D = DatasetSettings;
-  using M = ModelSettings;
-  using O = OptimizerSettings;
-  using C = ScheduleSettings;
-  using L = LossSettings;
-  using T = TrainSettings;
-  using P = CheckpointSettings;
-  using W = WorkerSettings;
-  const Limits seed = between(0, kMostSeed);
-  return {
-      {"recipe", member<&Job::recipe>, one_of(recipe_names()), "what to train on"},
-      {"data", member<&Job::data>, any(),
-       "folder (images), file (csv), or either (gpt; empty: libtorch's headers); relative to the "
-       "current "
-       "folder"},
-      {"output", member<&Job::output>, any(),
-       "folder to write to; empty: runs/RECIPE-N with the next free N", false},
-
-      {"split.test", member<&Job::split, &SplitSettings::test>, fraction(),
-       "fraction of the rows held out as the test set; 0: none, or the images' own (t10k-…), which "
-       "need not exist otherwise"},
-      {"split.seed", member<&Job::split, &SplitSettings::seed>, seed, "which rows are held out"},
-
-      {"dataset.normalize", member<&Job::dataset, &D::normalize>,
-       one_of({"none", "unit", "standard"}),
-       "unit: pixels / 255; standard: mean 0 and deviation 1, measured on the training set"},
-      {"dataset.augment", member<&Job::dataset, &D::augment>,
-       one_of({"none", "flip", "crop", "flip,crop"}),
-       "images, in training: mirrored at random; moved by up to an eighth of their size"},
-      {"dataset.classes", member<&Job::dataset, &D::classes>, between(0, 255),
-       "images: only these classes, renamed 0, 1, …; empty: all"},
-      {"dataset.keep_class", member<&Job::dataset, &D::keep_class>, between(0, 65535),
-       "classification: the class that keep_fraction is of, as it is named after dataset.classes"},
-      {"dataset.keep_fraction", member<&Job::dataset, &D::keep_fraction>,
-       Limits{.low = 0, .high = 1, .low_excluded = true},
-       "the part of that class's training rows that is kept, to make it rare; the test set stays"},
-      {"dataset.partition", member<&Job::dataset, &D::partition>,
-       one_of({"none", "range", "hash", "stratified", "weighted"}),
-       "which rows go together: a virtual rank has its own range of them, or those whose key "
-       "hashes "
-       "to it; every batch has each key's in proportion; or rows drawn with replacement, each key "
-       "as often as the others"},
-      {"dataset.partition_key", member<&Job::dataset, &D::partition_key>, any(),
-       "csv: the column that is the key; empty: the class"},
-      {"dataset.target", member<&Job::dataset, &D::target>, any(),
-       "csv: the target column's name; a table to predict may lack the column, and one empty cell "
-       "in it is as good as that"},
-      {"dataset.task", member<&Job::dataset, &D::task>, one_of({"regression", "classification"}),
-       "csv: what the target is; classes are the whole numbers from 0"},
-      {"dataset.delimiter", member<&Job::dataset, &D::delimiter>, any(),
-       "csv: the character between columns; `\\t`: a tab"},
-      {"dataset.rows", member<&Job::dataset, &D::rows>, between(2, 1e8),
-       "linear-regression: rows to make"},
-      {"dataset.features", member<&Job::dataset, &D::features>, between(1, 1e5),
-       "linear-regression: columns to make"},
-      {"dataset.noise", member<&Job::dataset, &D::noise>, float_from_0(),
-       "linear-regression: standard deviation of the noise"},
-      {"dataset.seed", member<&Job::dataset, &D::seed>, seed,
-       "linear-regression: seed of rows and weights"},
-
-      {"model.name", member<&Job::model, &M::name>, one_of({"mlp", "cnn", "resnet18", "gpt"}),
-       "cnn: two convolutions and a dense layer; resnet18: with a 3 × 3 stem; both for images"},
-      {"model.widths", member<&Job::model, &M::widths>, between(1, 1 << 20),
-       "mlp: sizes of the hidden layers; []: a linear model"},
-      {"model.batch_norm", member<&Job::model, &M::batch_norm>, any(),
-       "cnn: batch normalisation after each convolution"},
-      {"model.dropout", member<&Job::model, &M::dropout>, fraction(),
-       "share of activations dropped before the last layer (gpt: wherever GPT-2 does)"},
-      {"model.bias", member<&Job::model, &M::bias>, any(), "layers have a bias"},
-      {"model.layers", member<&Job::model, &M::layers>, between(1, 1024), "gpt: blocks"},
-      {"model.heads", member<&Job::model, &M::heads>, between(1, 1024), "gpt: of attention"},
-      {"model.width", member<&Job::model, &M::width>, between(1, 65536),
-       "gpt: of the embeddings, a multiple of heads"},
-      {"model.context", member<&Job::model, &M::context>, between(1, 65536),
-       "gpt: bytes that a prediction sees; a sample is a block of so many"},
-      {"model.tied", member<&Job::model, &M::tied>, any(),
-       "gpt: the output layer is the embedding, transposed"},
-
-      {"optimizer.name", member<&Job::optimizer, &O::name>,
-       one_of({"sgd", "momentum", "nesterov", "adam", "adamw", "closed_form"}),
-       "closed_form: linear-regression's exact solution, no gradient"},
-      {"optimizer.lr", member<&Job::optimizer, &O::lr>, positive_float(), "learning rate"},
-      {"optimizer.momentum", member<&Job::optimizer, &O::momentum>, float_fraction(),
-       "momentum, nesterov"},
-      {"optimizer.beta1", member<&Job::optimizer, &O::beta1>, float_fraction(), "adam, adamw"},
-      {"optimizer.beta2", member<&Job::optimizer, &O::beta2>, float_fraction(), "adam, adamw"},
-      {"optimizer.eps", member<&Job::optimizer, &O::eps>, positive_float(), "adam, adamw"},
-      {"optimizer.weight_decay", member<&Job::optimizer, &O::weight_decay>, between(0, 1e6),
-       "adamw: decoupled; the others: added to the gradient"},
-
-      {"schedule.name", member<&Job::schedule, &C::name>,
-       one_of({"constant", "linear", "cosine", "step"}),
-       "linear: warm-up, then constant; cosine: warm-up, then down to min_lr"},
-      {"schedule.warmup_steps", member<&Job::schedule, &C::warmup_steps>, between(0, 1e12),
-       "linear, cosine: steps from 0 up to lr"},
-      {"schedule.min_lr", member<&Job::schedule, &C::min_lr>, float_from_0(),
-       "cosine: learning rate at the end"},
-      {"schedule.step_epochs", member<&Job::schedule, &C::step_epochs>, between(1, 1e6),
-       "step: every so many epochs …"},
-      {"schedule.gamma", member<&Job::schedule, &C::gamma>,
-       Limits{.low = 0, .high = 1, .low_excluded = true}, "step: … times this"},
-
-      {"loss.name", member<&Job::loss, &L::name>,
-       one_of({"cross_entropy", "mean_squared_error", "huber", "hinge"}),
-       "hinge: two classes; mean_squared_error, huber: regression"},
-      {"loss.one_hot", member<&Job::loss, &L::one_hot>, any(),
-       "cross_entropy: targets as one-hot rows"},
-      {"loss.delta", member<&Job::loss, &L::delta>, positive_float(),
-       "huber: where the loss turns from square to linear"},
-
-      {"train.epochs", member<&Job::train, &T::epochs>, between(1, 1e6), "passes over the data"},
-      {"train.max_steps", member<&Job::train, &T::max_steps>, between(0, 1e12),
-       "stop after so many steps; 0: no limit"},
-      {"train.batch_size", member<&Job::train, &T::batch_size>, between(1, 1 << 20),
-       "samples a step and worker; resolved into global_batch_size", false},
-      {"train.global_batch_size", member<&Job::train, &T::global_batch_size>, between(1, 1 << 30),
-       "samples a step, all workers together; default: batch_size × workers.count"},
-      {"train.virtual_ranks", member<&Job::train, &T::virtual_ranks>, between(1, 1024),
-       "fixed slices of the global batch; default: workers.count. The result depends on this, not "
-       "on the number of workers"},
-      {"train.accumulate", member<&Job::train, &T::accumulate>, between(1, 1 << 20),
-       "micro-batches that the batch of a virtual rank is computed in: less memory, the same step"},
-      {"train.precision", member<&Job::train, &T::precision>, one_of({"fp32", "bf16"}),
-       "bf16: training's forward passes under autocast; weights and updates stay fp32"},
-      {"train.seed", member<&Job::train, &T::seed>, seed,
-       "first weights, order of samples, dropout"},
-      {"train.shuffle", member<&Job::train, &T::shuffle>, any(),
-       "a new order of samples each epoch"},
-      {"train.clip_grad_norm", member<&Job::train, &T::clip_grad_norm>, float_from_0(),
-       "largest norm of the gradient; 0: no clipping"},
-      {"train.tolerance", member<&Job::train, &T::tolerance>, at_least(0),
-       "stop when tolerance_of changes less from one epoch to the next; 0: off"},
-      {"train.tolerance_of", member<&Job::train, &T::tolerance_of>,
-       one_of({"loss", "gradient_norm"}), "what tolerance looks at"},
-      {"train.patience", member<&Job::train, &T::patience>, between(0, 1e6),
-       "stop after so many epochs in which `monitor` did not become better; 0: off"},
-      {"train.min_delta", member<&Job::train, &T::min_delta>, float_from_0(),
-       "patience: what is not better by more than this does not count"},
-      {"train.monitor", member<&Job::train, &T::monitor>, one_of({"test_loss", "test_accuracy"}),
-       "what patience looks at and the best checkpoint is the best of"},
-      {"train.print_test_loss", member<&Job::train, &T::print_test_loss>, any(),
-       "print \"Epoch 1, Test Loss: …\" after each epoch"},
-
-      {"checkpoint.every_epochs", member<&Job::checkpoint, &P::every_epochs>, between(0, 1e6),
-       "a checkpoint every so many epochs; 0: not for epochs"},
-      {"checkpoint.every_steps", member<&Job::checkpoint, &P::every_steps>, between(0, 1e12),
-       "a checkpoint every so many steps; 0: not for steps. With both 0 there are none"},
-      {"checkpoint.keep", member<&Job::checkpoint, &P::keep>, between(1, 1e6),
-       "how many of the last ones stay, besides the best one"},
-
-      {"workers.count", member<&Job::workers, &W::count>, between(1, 1024), "processes"},
-      {"workers.threads", member<&Job::workers, &W::threads>, between(1, 1024),
-       "threads inside each operation, each worker"},
-      {"workers.timeout_s", member<&Job::workers, &W::timeout_s>,
-       Limits{.low = 0, .high = 1e6, .low_excluded = true},
-       "seconds that a collective waits for the slowest worker"},
-  };
-}
-
 std::string number(double value) {
   constexpr double kWritten = 1e15;  // in digits
   if (value == kMostSeed) return "2^63 - 1";
@@ -196,15 +36,15 @@ std::string number(double value) {
   return whole ? fmt::format("{}", static_cast<std::int64_t>(value)) : fmt::format("{}", value);
 }
 
-std::string as_toml(bool value) { return value ? "true" : "false"; }
-std::string as_toml(std::int64_t value) { return fmt::format("{}", value); }
-std::string as_toml(std::uint64_t value) { return fmt::format("{}", value); }
+template <typename T>
+std::string as_toml(const T& value) {
+  return fmt::format("{}", value);
+}
 std::string as_toml(double value) {
   std::string text = fmt::format("{}", value);
   return text.find_first_of(".e") == std::string::npos ? text + ".0" : text;
 }
 std::string as_toml(const std::string& value) { return toml_string(value); }
-std::string as_toml(const std::vector<std::int64_t>& value) { return fmt::format("{}", value); }
 
 std::string escaped(std::string_view text, std::string_view also) {
   std::string result;
@@ -234,7 +74,122 @@ std::string Limits::text() const {
 }
 
 const std::vector<Key>& schema() {
-  static const std::vector<Key> keys = make_schema();
+  const Limits seed = between(0, kMostSeed);
+  static const std::vector<Key> keys = {
+      {KEY(recipe), one_of(recipe_names()), "what to train on"},
+      {KEY(data), any(),
+       "folder (images), file (csv), or either (gpt; empty: libtorch's headers); relative to the "
+       "current folder"},
+      {KEY(output), any(), "folder to write to; empty: runs/RECIPE-N with the next free N", false},
+
+      {KEY(split.test), fraction(),
+       "fraction of the rows held out as the test set; 0: none, or the images' own (t10k-…), which "
+       "need not exist otherwise"},
+      {KEY(split.seed), seed, "which rows are held out"},
+
+      {KEY(dataset.normalize), one_of({"none", "unit", "standard"}),
+       "unit: pixels / 255; standard: mean 0 and deviation 1, measured on the training set"},
+      {KEY(dataset.augment), one_of({"none", "flip", "crop", "flip,crop"}),
+       "images, in training: mirrored at random; moved by up to an eighth of their size"},
+      {KEY(dataset.classes), between(0, 255),
+       "images: only these classes, renamed 0, 1, …; empty: all"},
+      {KEY(dataset.keep_class), between(0, 65535),
+       "classification: the class that keep_fraction is of, as it is named after dataset.classes"},
+      {KEY(dataset.keep_fraction), above_0(1),
+       "the part of that class's training rows that is kept, to make it rare; the test set stays"},
+      {KEY(dataset.partition), one_of({"none", "range", "hash", "stratified", "weighted"}),
+       "which rows go together: a virtual rank has its own range of them, or those whose key "
+       "hashes to it; every batch has each key's in proportion; or rows drawn with replacement, "
+       "each "
+       "key as often as the others"},
+      {KEY(dataset.partition_key), any(), "csv: the column that is the key; empty: the class"},
+      {KEY(dataset.target), any(),
+       "csv: the target column's name; a table to predict may lack the column, and one empty cell "
+       "in it is as good as that"},
+      {KEY(dataset.task), one_of({"regression", "classification"}),
+       "csv: what the target is; classes are the whole numbers from 0"},
+      {KEY(dataset.delimiter), any(), "csv: the character between columns; `\\t`: a tab"},
+      {KEY(dataset.rows), between(2, 1e8), "linear-regression: rows to make"},
+      {KEY(dataset.features), between(1, 1e5), "linear-regression: columns to make"},
+      {KEY(dataset.noise), float_from_0(), "linear-regression: standard deviation of the noise"},
+      {KEY(dataset.seed), seed, "linear-regression: seed of rows and weights"},
+
+      {KEY(model.name), one_of({"mlp", "cnn", "resnet18", "gpt"}),
+       "cnn: two convolutions and a dense layer; resnet18: with a 3 × 3 stem; both for images"},
+      {KEY(model.widths), between(1, 1 << 20),
+       "mlp: sizes of the hidden layers; []: a linear model"},
+      {KEY(model.batch_norm), any(), "cnn: batch normalisation after each convolution"},
+      {KEY(model.dropout), fraction(),
+       "share of activations dropped before the last layer (gpt: wherever GPT-2 does)"},
+      {KEY(model.bias), any(), "layers have a bias"},
+      {KEY(model.layers), between(1, 1024), "gpt: blocks"},
+      {KEY(model.heads), between(1, 1024), "gpt: of attention"},
+      {KEY(model.width), between(1, 65536), "gpt: of the embeddings, a multiple of heads"},
+      {KEY(model.context), between(1, 65536),
+       "gpt: bytes that a prediction sees; a sample is a block of so many"},
+      {KEY(model.tied), any(), "gpt: the output layer is the embedding, transposed"},
+
+      {KEY(optimizer.name), one_of({"sgd", "momentum", "nesterov", "adam", "adamw", "closed_form"}),
+       "closed_form: linear-regression's exact solution, no gradient"},
+      {KEY(optimizer.lr), positive_float(), "learning rate"},
+      {KEY(optimizer.momentum), float_fraction(), "momentum, nesterov"},
+      {KEY(optimizer.beta1), float_fraction(), "adam, adamw"},
+      {KEY(optimizer.beta2), float_fraction(), "adam, adamw"},
+      {KEY(optimizer.eps), positive_float(), "adam, adamw"},
+      {KEY(optimizer.weight_decay), between(0, 1e6),
+       "adamw: decoupled; the others: added to the gradient"},
+
+      {KEY(schedule.name), one_of({"constant", "linear", "cosine", "step"}),
+       "linear: warm-up, then constant; cosine: warm-up, then down to min_lr"},
+      {KEY(schedule.warmup_steps), between(0, 1e12), "linear, cosine: steps from 0 up to lr"},
+      {KEY(schedule.min_lr), float_from_0(), "cosine: learning rate at the end"},
+      {KEY(schedule.step_epochs), between(1, 1e6), "step: every so many epochs …"},
+      {KEY(schedule.gamma), above_0(1), "step: … times this"},
+
+      {KEY(loss.name), one_of({"cross_entropy", "mean_squared_error", "huber", "hinge"}),
+       "hinge: two classes; mean_squared_error, huber: regression"},
+      {KEY(loss.one_hot), any(), "cross_entropy: targets as one-hot rows"},
+      {KEY(loss.delta), positive_float(), "huber: where the loss turns from square to linear"},
+
+      {KEY(train.epochs), between(1, 1e6), "passes over the data"},
+      {KEY(train.max_steps), between(0, 1e12), "stop after so many steps; 0: no limit"},
+      {KEY(train.batch_size), between(1, 1 << 20),
+       "samples a step and worker; resolved into global_batch_size", false},
+      {KEY(train.global_batch_size), between(1, 1 << 30),
+       "samples a step, all workers together; default: batch_size × workers.count"},
+      {KEY(train.virtual_ranks), between(1, 1024),
+       "fixed slices of the global batch; default: workers.count. The result depends on this, not "
+       "on the number of workers"},
+      {KEY(train.accumulate), between(1, 1 << 20),
+       "micro-batches that the batch of a virtual rank is computed in: less memory, the same step"},
+      {KEY(train.precision), one_of({"fp32", "bf16"}),
+       "bf16: training's forward passes under autocast; weights and updates stay fp32"},
+      {KEY(train.seed), seed, "first weights, order of samples, dropout"},
+      {KEY(train.shuffle), any(), "a new order of samples each epoch"},
+      {KEY(train.clip_grad_norm), float_from_0(), "largest norm of the gradient; 0: no clipping"},
+      {KEY(train.tolerance), at_least(0),
+       "stop when tolerance_of changes less from one epoch to the next; 0: off"},
+      {KEY(train.tolerance_of), one_of({"loss", "gradient_norm"}), "what tolerance looks at"},
+      {KEY(train.patience), between(0, 1e6),
+       "stop after so many epochs in which `monitor` did not become better; 0: off"},
+      {KEY(train.min_delta), float_from_0(),
+       "patience: what is not better by more than this does not count"},
+      {KEY(train.monitor), one_of({"test_loss", "test_accuracy"}),
+       "what patience looks at and the best checkpoint is the best of"},
+      {KEY(train.print_test_loss), any(), "print \"Epoch 1, Test Loss: …\" after each epoch"},
+
+      {KEY(checkpoint.every_epochs), between(0, 1e6),
+       "a checkpoint every so many epochs; 0: not for epochs"},
+      {KEY(checkpoint.every_steps), between(0, 1e12),
+       "a checkpoint every so many steps; 0: not for steps. With both 0 there are none"},
+      {KEY(checkpoint.keep), between(1, 1e6),
+       "how many of the last ones stay, besides the best one"},
+
+      {KEY(workers.count), between(1, 1024), "processes"},
+      {KEY(workers.threads), between(1, 1024), "threads inside each operation, each worker"},
+      {KEY(workers.timeout_s), above_0(1e6),
+       "seconds that a collective waits for the slowest worker"},
+  };
   return keys;
 }
 
@@ -269,13 +224,12 @@ train = { epochs = 1, batch_size = 16, clip_grad_norm = 1.0 })"},
 
 const Key* find_key(std::string_view name) {
   const auto& keys = schema();
-  const auto found =
-      std::find_if(keys.begin(), keys.end(), [&](auto& k) { return k.name == name; });
+  const auto found = std::ranges::find(keys, name, &Key::name);
   return found == keys.end() ? nullptr : &*found;
 }
 
 bool is_section(std::string_view name) {
-  return std::any_of(schema().begin(), schema().end(), [&](const Key& key) {
+  return std::ranges::any_of(schema(), [&](const Key& key) {
     return key.name.size() > name.size() && key.name.starts_with(name) &&
            key.name[name.size()] == '.';
   });
@@ -322,8 +276,7 @@ std::string hint_for_key(std::string_view name) {
   if (near.empty()) {
     const std::string leaf = nearest(leaf_of(name), leaves);
     if (!leaf.empty())
-      near = names[static_cast<std::size_t>(std::find(leaves.begin(), leaves.end(), leaf) -
-                                            leaves.begin())];
+      near = names[static_cast<std::size_t>(std::ranges::find(leaves, leaf) - leaves.begin())];
   }
   if (near.empty()) return "docs/job-file.md lists every key";
   return fmt::format("did you mean {}?", is_section(near) ? "[" + near + "]" : near);

@@ -6,6 +6,7 @@
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <tuple>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
@@ -37,43 +38,31 @@ Dataset load_rows(const Job& job, const std::filesystem::path& data, const Saved
   return images;
 }
 
-// Writes CSV lines for what the model says of a batch.
-class RowWriter {
- public:
-  RowWriter(const Job& job, bool classes) : job_(job), classes_(classes) {}
+std::string header_of(const Job& job, bool classes) {
+  if (!classes) return "row,prediction\n";
+  return job.loss.name == "hinge" ? "row,prediction,score\n" : "row,prediction,probability\n";
+}
 
-  std::string header() const {
-    if (!classes_) return "row,prediction\n";
-    return job_.loss.name == "hinge" ? "row,prediction,score\n" : "row,prediction,probability\n";
-  }
-  std::string lines(std::uint64_t first_row, const at::Tensor& output) const {
-    std::string text;
-    if (!classes_ || job_.loss.name == "hinge") {
-      const float* values = output.const_data_ptr<float>();
-      for (std::int64_t i = 0; i < output.size(0); ++i)
-        if (classes_)
-          append(text, first_row + static_cast<std::uint64_t>(i), values[i] > 0 ? 1 : 0, values[i]);
-        else
-          fmt::format_to(std::back_inserter(text), "{},{}\n",
-                         first_row + static_cast<std::uint64_t>(i), values[i]);
-      return text;
+// CSV lines for what the model says of a batch whose first row is `row`.
+std::string lines_of(const Job& job, bool classes, std::uint64_t row, const at::Tensor& output) {
+  const std::vector<std::int64_t>& kept = job.dataset.classes;  // renamed in training: undo
+  at::Tensor score = output, index;
+  if (job.loss.name == "hinge")
+    index = output.gt(0).to(at::kLong);
+  else if (classes)
+    std::tie(score, index) = at::softmax(output, 1).max(1);
+  std::string text;
+  for (std::int64_t i = 0; i < output.size(0); ++i, ++row) {
+    fmt::format_to(std::back_inserter(text), "{},", row);
+    if (classes) {
+      const std::int64_t found = index.const_data_ptr<std::int64_t>()[i];
+      fmt::format_to(std::back_inserter(text), "{},",
+                     kept.empty() ? found : kept[static_cast<std::size_t>(found)]);
     }
-    const auto [probability, index] = at::softmax(output, 1).max(1);
-    for (std::int64_t i = 0; i < output.size(0); ++i)
-      append(text, first_row + static_cast<std::uint64_t>(i),
-             index.const_data_ptr<std::int64_t>()[i], probability.const_data_ptr<float>()[i]);
-    return text;
+    fmt::format_to(std::back_inserter(text), "{}\n", score.const_data_ptr<float>()[i]);
   }
-
- private:
-  void append(std::string& text, std::uint64_t row, std::int64_t index, float score) const {
-    const std::vector<std::int64_t>& kept = job_.dataset.classes;  // renamed in training: undo
-    fmt::format_to(std::back_inserter(text), "{},{},{}\n", row,
-                   kept.empty() ? index : kept[static_cast<std::size_t>(index)], score);
-  }
-  const Job& job_;
-  bool classes_;
-};
+  return text;
+}
 
 // Outputs of the trained model: the extent of its last bias-like tensor, the output layer's weight.
 std::int64_t outputs_of(const Job& job, const SafetensorsFile& file, const std::string& path) {
@@ -107,11 +96,8 @@ void continue_text(const World& world, const Job& job, const SafetensorsFile& fi
   load_module(*model.module, file, weights.string());
   model.module->eval();
   std::string prompt;
-  if (!data.empty()) try {
-      prompt = read_text_file(data);
-    } catch (const Error& error) {
-      throw ConfigError(error.what(), "a file with the text to go on from");
-    }
+  if (!data.empty())
+    prompt = as_input([&] { return read_text_file(data); }, "a file with the text to go on from");
   const std::string text = generate(model, job.model.context, prompt, kLength, job.train.seed);
   // Bytes that are no UTF-8 become U+FFFD, as an event is JSON.
   const std::string valid =
@@ -143,7 +129,6 @@ void run_prediction(const World& world, const Job& job, const std::filesystem::p
                                   rows.sample_size(), input.normalization.mean.size()));
 
   const DatasetBatches batches(rows, input.normalization, objective.target_form);
-  const RowWriter writer(job, classes);
   const bool labelled = !rows.classes.empty() && objective.correct;
   const std::uint64_t blocks = (rows.rows + kBlockRows - 1) / kBlockRows;
   double correct = 0;
@@ -157,10 +142,10 @@ void run_prediction(const World& world, const Job& job, const std::filesystem::p
     const Batch batch = batches.batch(indices);
     const at::Tensor output = model.forward(batch.input).contiguous();
     if (labelled) correct += static_cast<double>(objective.correct(output, batch.target));
-    world.events().emit(
-        {{"event", "predictions"},
-         {"block", block},
-         {"text", (block == 0 ? writer.header() : "") + writer.lines(first, output)}});
+    world.events().emit({{"event", "predictions"},
+                         {"block", block},
+                         {"text", (block == 0 ? header_of(job, classes) : "") +
+                                      lines_of(job, classes, first, output)}});
   }
   report(world, rows.rows, labelled, correct);
 }

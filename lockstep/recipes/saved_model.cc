@@ -18,15 +18,11 @@ constexpr const char* kMean = "input.mean";
 constexpr const char* kDeviation = "input.deviation";
 constexpr const char* kColumns = "input.columns";
 
-at::Tensor to_tensor(std::span<const std::byte> bytes, std::int64_t numel, at::ScalarType type) {
-  at::Tensor tensor = at::empty({numel}, type);
+at::Tensor to_tensor(std::span<const std::byte> bytes, at::ScalarType type) {
+  at::Tensor tensor =
+      at::empty({static_cast<std::int64_t>(bytes.size() / c10::elementSize(type))}, type);
   if (!bytes.empty()) std::memcpy(tensor.mutable_data_ptr(), bytes.data(), bytes.size());
   return tensor;
-}
-
-at::Tensor to_tensor(const std::vector<float>& values) {
-  return to_tensor(std::as_bytes(std::span(values)), static_cast<std::int64_t>(values.size()),
-                   at::kFloat);
 }
 
 std::vector<float> floats(const SafetensorsFile& file, const char* name, const std::string& path) {
@@ -59,12 +55,14 @@ void load_tensor(const std::string& name, const at::Tensor& tensor, const Safete
 
 std::vector<NamedTensor> input_tensors(const Normalization& normalization,
                                        const std::vector<std::string>& columns) {
-  std::vector<NamedTensor> tensors = {{kMean, to_tensor(normalization.mean)},
-                                      {kDeviation, to_tensor(normalization.deviation)}};
+  const auto floats = [](const std::vector<float>& values) {
+    return to_tensor(std::as_bytes(std::span(values)), at::kFloat);
+  };
+  std::vector<NamedTensor> tensors = {{kMean, floats(normalization.mean)},
+                                      {kDeviation, floats(normalization.deviation)}};
   if (!columns.empty()) {
     const std::string lines = fmt::format("{}", fmt::join(columns, "\n"));
-    tensors.push_back({kColumns, to_tensor(std::as_bytes(std::span(lines)),
-                                           static_cast<std::int64_t>(lines.size()), at::kByte)});
+    tensors.push_back({kColumns, to_tensor(std::as_bytes(std::span(lines)), at::kByte)});
   }
   return tensors;
 }

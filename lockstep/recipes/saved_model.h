@@ -2,7 +2,6 @@
 // inputs are normalised, the names of a table's columns), and loading it all back.
 #pragma once
 
-#include <filesystem>
 #include <string>
 #include <vector>
 

@@ -11,7 +11,6 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
 
 #include "lockstep/base/error.h"
 #include "lockstep/observe/event.h"
@@ -41,17 +40,17 @@ std::unique_ptr<torch::optim::Optimizer> make_optimizer(const OptimizerSettings&
       std::move(parameters), torch::optim::SGDOptions(settings.lr).momentum(settings.momentum));
 }
 
+at::Tensor loss_of(const Model& model, const Batch& batch, Precision precision) {
+  const Autocast autocast(precision);
+  return mean_loss(model.forward(batch.input), batch.target);
+}
+
 Step torch_step(const World& world, const Work& work, const Model& model, Precision precision) {
   const auto replica = std::make_shared<Replica>(*model.module, world, DataParallelOptions{});
   std::shared_ptr optimizer = make_optimizer(work.optimizer, model.module->parameters());
   return [=](const Batch& batch) {
     optimizer->zero_grad();
-    at::Tensor loss;
-    {
-      const Autocast autocast(precision);
-      loss = mean_loss(model.forward(batch.input), batch.target);
-    }
-    loss.backward();
+    loss_of(model, batch, precision).backward();
     optimizer->step();
     (void)replica;  // lives as long as the step
   };
@@ -63,11 +62,7 @@ Step shared_step(const World& world, const Work& work, const Model& model, Preci
       std::make_shared<SharedWeights>(*model.module, world, optimizer_options(work.optimizer));
   return [=](const Batch& batch) {
     weights->compute([&](int) {
-      at::Tensor loss;
-      {
-        const Autocast autocast(precision);
-        loss = mean_loss(model.forward(batch.input), batch.target);
-      }
+      const at::Tensor loss = loss_of(model, batch, precision);
       loss.backward();
       return VirtualLoss{loss.item<double>(), 1.0};
     });

@@ -5,9 +5,7 @@
 //   independent     each worker has shared weights of its own and never communicates
 #pragma once
 
-#include <cstdint>
 #include <string>
-#include <vector>
 
 #include "lockstep/bridge/autocast.h"
 #include "lockstep/cluster/world.h"

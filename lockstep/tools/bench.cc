@@ -89,11 +89,9 @@ BenchPlan resolve(const BenchFlags& flags) {
       plan.cases.emplace_back(
           &operation, bench_case(operation, *dtype, reduction, flags.ranks, parse_size(size)));
       if (operation.output == Extent::none) break;
-      const auto same = [&](const BenchCase& c) {
-        return c.count == plan.cases.back().second.count;
-      };
-      if (std::none_of(plan.copies.begin(), plan.copies.end(), same))
-        plan.copies.push_back(plan.cases.back().second);
+      const BenchCase& c = plan.cases.back().second;
+      if (std::ranges::find(plan.copies, c.count, &BenchCase::count) == plan.copies.end())
+        plan.copies.push_back(c);
     }
   }
   if (!flags.json.empty()) check_writable_place(flags.json, "--json");
@@ -111,10 +109,8 @@ class BenchRank {
       input = std::max(input, bytes_of(operation->input, c));
       output = std::max(output, bytes_of(operation->output, c));
     }
-    for (const BenchCase& c : plan.copies) {
-      input = std::max<std::size_t>(input, c.bytes());
-      output = std::max<std::size_t>(output, c.bytes());
-    }
+    for (const BenchCase& c : plan.copies)
+      input = output = std::max<std::size_t>({input, output, c.bytes()});
     input_ = allocate(input, "the bench's input");
     output_ = allocate(output, "the bench's output");
   }
@@ -145,11 +141,7 @@ class BenchRank {
     // Zeros: a sum of sums would end in infinities.
     std::fill(input.begin(), input.end(), std::byte{});
     std::fill(output.begin(), output.end(), std::byte{});
-    BenchResult result = measure(c.bytes(), true, call);
-    result.operation = operation.name;
-    result.ranks = group_->size();
-    result.count = c.count;
-    result.dtype = c.dtype;
+    BenchResult result = measure(operation.name, c, group_->size(), call);
     result.bus_factor = operation.bus_factor(c.ranks);
     if (operation.output != Extent::none) {
       fill(operation.input == Extent::none ? output : input, c.dtype, c.rank);
@@ -164,21 +156,18 @@ class BenchRank {
   void copy(const BenchCase& c, int ranks) {
     const auto from = input_.first(c.bytes());
     const auto to = output_.first(c.bytes());
-    BenchResult result = measure(c.bytes(), group_->rank() < ranks, [&] {
+    show(measure("memcpy", c, ranks, [&] {
       std::memcpy(to.data(), from.data(), from.size());
       asm volatile("" ::: "memory");  // every copy counts, even of the same bytes
-    });
-    result.operation = "memcpy";
-    result.ranks = ranks;
-    result.count = c.count;
-    result.dtype = c.dtype;
-    show(result);
+    }));
   }
 
+  // call() on the first `ranks` ranks.
   template <typename Call>
-  BenchResult measure(std::uint64_t bytes, bool takes_part, Call&& call) {
+  BenchResult measure(std::string_view operation, const BenchCase& c, int ranks, Call&& call) {
     const BenchFlags& flags = plan_.flags;
-    std::uint64_t batch = calls_in_batch(bytes);
+    const bool takes_part = group_->rank() < ranks;
+    std::uint64_t batch = calls_in_batch(c.bytes());
     if (flags.iterations != 0) batch = std::min(batch, flags.iterations);
     const std::uint64_t batches =
         flags.iterations == 0 ? kDefaultBatches : (flags.iterations + batch - 1) / batch;
@@ -201,11 +190,14 @@ class BenchRank {
                        Reduction::sum);
     // A batch takes as long as on the slowest rank.
     group_->all_reduce(std::as_writable_bytes(std::span(us)), Dtype::float64, Reduction::max);
-    BenchResult result;
-    result.bytes = bytes;
-    result.arena = flags.arena;
-    result.us = summarize(std::move(us));
-    result.iterations = batch * batches;
+    BenchResult result{.operation = std::string(operation),
+                       .ranks = ranks,
+                       .bytes = c.bytes(),
+                       .count = c.count,
+                       .dtype = c.dtype,
+                       .arena = flags.arena,
+                       .us = summarize(std::move(us)),
+                       .iterations = batch * batches};
     // Elsewhere copies to and from the staging buffer, which are not counted, come on top.
     if (flags.arena) result.moved_bytes = moved;
     return result;
@@ -227,24 +219,15 @@ class BenchRank {
 
 // --- All ranks ---
 
-// Forked ranks; what still runs at the end is killed.
+// Forked ranks; they end with this process.
 class Ranks {
  public:
   Ranks() {
-    std::array<int, 2> ends;
-    if (::pipe2(ends.data(), O_CLOEXEC) != 0) throw Error("no pipe: " + errno_text(errno));
+    int ends[2];
+    if (::pipe2(ends, O_CLOEXEC) != 0) throw Error("no pipe: " + errno_text(errno));
     reader_ = UniqueFd(ends[0]);
     writer_ = UniqueFd(ends[1]);
   }
-  ~Ranks() {
-    for (const pid_t pid : pids_)
-      if (pid > 0) {
-        ::kill(pid, SIGKILL);
-        ::waitpid(pid, nullptr, 0);
-      }
-  }
-  Ranks(const Ranks&) = delete;
-  Ranks& operator=(const Ranks&) = delete;
 
   template <typename Body>
   void start(int rank, Body&& body) {
@@ -270,9 +253,8 @@ class Ranks {
     for (std::size_t left = pids_.size(); left > 0;) {
       int status = 0;
       const pid_t pid = ::waitpid(-1, &status, 0);
-      const auto ended = std::find(pids_.begin(), pids_.end(), pid);
+      const auto ended = std::ranges::find(pids_, pid);
       if (ended == pids_.end()) continue;
-      *ended = -1;
       --left;
       const auto rank = ended - pids_.begin();
       if (WIFSIGNALED(status))

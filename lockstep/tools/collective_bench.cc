@@ -52,144 +52,55 @@ void send_recv(Group& group, const BenchCase& c, std::span<const std::byte> inpu
   if (c.rank % 2 != 0) group.send(input, c.dtype, next);
 }
 
+using In = std::span<const std::byte>;
+using Out = std::span<std::byte>;
+
+// As BenchOperation's members: name, input, output, bus_factor, call, expected.
 constexpr BenchOperation kOperations[] = {
-    {.name = "all_reduce",
-     .input = Extent::none,
-     .output = Extent::whole,
-     .bus_factor = twice_all_but_mine,
-     .call = [](Group& group, const BenchCase& c, auto,
-                auto output) { group.all_reduce(output, c.dtype, c.reduction); },
-     .expected = reduced},
-    {.name = "broadcast",
-     .input = Extent::none,
-     .output = Extent::whole,
-     .bus_factor = one,
-     .call = [](Group& group, const BenchCase& c, auto,
-                auto output) { group.broadcast(output, c.dtype, 0); },
-     .expected = [](const BenchCase&, std::uint64_t i) { return bench_value(0, i); }},
-    {.name = "all_gather",
-     .input = Extent::part,
-     .output = Extent::whole,
-     .bus_factor = all_but_mine,
-     .call = [](Group& group, const BenchCase& c, auto input,
-                auto output) { group.all_gather(input, output, c.dtype); },
-     .expected = gathered},
-    {.name = "reduce_scatter",
-     .input = Extent::whole,
-     .output = Extent::part,
-     .bus_factor = all_but_mine,
-     .call = [](Group& group, const BenchCase& c, auto input,
-                auto output) { group.reduce_scatter(input, output, c.dtype, c.reduction); },
-     .expected = [](const BenchCase& c,
-                    std::uint64_t i) { return reduced(c, c.rank * c.part() + i); }},
-    {.name = "reduce",
-     .input = Extent::none,
-     .output = Extent::whole,
-     .bus_factor = one,
-     .call = [](Group& group, const BenchCase& c, auto,
-                auto output) { group.reduce(output, c.dtype, c.reduction, 0); },
-     .expected =
-         [](const BenchCase& c, std::uint64_t i) {
-           return c.rank == 0 ? reduced(c, i) : bench_value(c.rank, i);
-         }},
-    {.name = "gather",
-     .input = Extent::part,
-     .output = Extent::whole,
-     .bus_factor = all_but_mine,
-     .call =
-         [](Group& group, const BenchCase& c, auto input, auto output) {
-           group.gather(input, c.rank == 0 ? output : output.first(0), c.dtype, 0);
-         },
-     .expected = [](const BenchCase& c,
-                    std::uint64_t i) { return c.rank == 0 ? gathered(c, i) : kUnspecified; }},
-    {.name = "scatter",
-     .input = Extent::whole,
-     .output = Extent::part,
-     .bus_factor = all_but_mine,
-     .call =
-         [](Group& group, const BenchCase& c, auto input, auto output) {
-           group.scatter(c.rank == 0 ? input : input.first(0), output, c.dtype, 0);
-         },
-     .expected = [](const BenchCase& c,
-                    std::uint64_t i) { return bench_value(0, c.rank * c.part() + i); }},
-    {.name = "all_to_all",
-     .input = Extent::whole,
-     .output = Extent::whole,
-     .bus_factor = all_but_mine,
-     .call = [](Group& group, const BenchCase& c, auto input,
-                auto output) { group.all_to_all(input, output, c.dtype); },
-     .expected =
-         [](const BenchCase& c, std::uint64_t i) {
-           return bench_value(static_cast<int>(i / c.part()), c.rank * c.part() + i % c.part());
-         }},
-    {.name = "send_recv",  // to the next rank, from the one before
-     .input = Extent::whole,
-     .output = Extent::whole,
-     .bus_factor = one,
-     .call = send_recv,
-     .expected =
-         [](const BenchCase& c, std::uint64_t i) {
-           return c.ranks == 1 ? kUnspecified : bench_value((c.rank + c.ranks - 1) % c.ranks, i);
-         }},
-    {.name = "barrier",
-     .input = Extent::none,
-     .output = Extent::none,
-     .bus_factor = one,
-     .call = [](Group& group, const BenchCase&, auto, auto) { group.barrier(); },
-     .expected = nullptr},
+    {"all_reduce", Extent::none, Extent::whole, twice_all_but_mine,
+     [](Group& g, const BenchCase& c, In, Out out) { g.all_reduce(out, c.dtype, c.reduction); },
+     reduced},
+    {"broadcast", Extent::none, Extent::whole, one,
+     [](Group& g, const BenchCase& c, In, Out out) { g.broadcast(out, c.dtype, 0); },
+     [](const BenchCase&, std::uint64_t i) { return bench_value(0, i); }},
+    {"all_gather", Extent::part, Extent::whole, all_but_mine,
+     [](Group& g, const BenchCase& c, In in, Out out) { g.all_gather(in, out, c.dtype); },
+     gathered},
+    {"reduce_scatter", Extent::whole, Extent::part, all_but_mine,
+     [](Group& g, const BenchCase& c, In in, Out out) {
+       g.reduce_scatter(in, out, c.dtype, c.reduction);
+     },
+     [](const BenchCase& c, std::uint64_t i) { return reduced(c, c.rank * c.part() + i); }},
+    {"reduce", Extent::none, Extent::whole, one,
+     [](Group& g, const BenchCase& c, In, Out out) { g.reduce(out, c.dtype, c.reduction, 0); },
+     [](const BenchCase& c, std::uint64_t i) {
+       return c.rank == 0 ? reduced(c, i) : bench_value(c.rank, i);
+     }},
+    {"gather", Extent::part, Extent::whole, all_but_mine,
+     [](Group& g, const BenchCase& c, In in, Out out) {
+       g.gather(in, c.rank == 0 ? out : out.first(0), c.dtype, 0);
+     },
+     [](const BenchCase& c, std::uint64_t i) {
+       return c.rank == 0 ? gathered(c, i) : kUnspecified;
+     }},
+    {"scatter", Extent::whole, Extent::part, all_but_mine,
+     [](Group& g, const BenchCase& c, In in, Out out) {
+       g.scatter(c.rank == 0 ? in : in.first(0), out, c.dtype, 0);
+     },
+     [](const BenchCase& c, std::uint64_t i) { return bench_value(0, c.rank * c.part() + i); }},
+    {"all_to_all", Extent::whole, Extent::whole, all_but_mine,
+     [](Group& g, const BenchCase& c, In in, Out out) { g.all_to_all(in, out, c.dtype); },
+     [](const BenchCase& c, std::uint64_t i) {
+       return bench_value(static_cast<int>(i / c.part()), c.rank * c.part() + i % c.part());
+     }},
+    // To the next rank, from the one before.
+    {"send_recv", Extent::whole, Extent::whole, one, send_recv,
+     [](const BenchCase& c, std::uint64_t i) {
+       return c.ranks == 1 ? kUnspecified : bench_value((c.rank + c.ranks - 1) % c.ranks, i);
+     }},
+    {"barrier", Extent::none, Extent::none, one,
+     [](Group& g, const BenchCase&, In, Out) { g.barrier(); }, nullptr},
 };
-
-template <typename T>
-T read(const std::byte* at) {
-  T value;
-  std::memcpy(&value, at, sizeof(T));
-  return value;
-}
-
-double load(Dtype dtype, const std::byte* at) {
-  float wide = 0;
-  switch (dtype) {
-    case Dtype::float64:
-      return read<double>(at);
-    case Dtype::float32:
-      return read<float>(at);
-    case Dtype::float16:
-    case Dtype::bfloat16:
-      kernels().widen_to_float32(&wide, at, dtype, 1);
-      return wide;
-    case Dtype::int8:
-      return read<std::int8_t>(at);
-    case Dtype::int32:
-      return read<std::int32_t>(at);
-    case Dtype::int64:
-      return static_cast<double>(read<std::int64_t>(at));
-    case Dtype::uint8:
-      return read<std::uint8_t>(at);
-  }
-  return 0;
-}
-
-void store(Dtype dtype, std::byte* at, double value) {
-  const auto put = [at](auto typed) { std::memcpy(at, &typed, sizeof(typed)); };
-  const auto wide = static_cast<float>(value);
-  switch (dtype) {
-    case Dtype::float64:
-      return put(value);
-    case Dtype::float32:
-      return put(wide);
-    case Dtype::float16:
-    case Dtype::bfloat16:
-      return kernels().round_from_float32(at, &wide, dtype, 1);
-    case Dtype::int8:
-      return put(static_cast<std::int8_t>(value));
-    case Dtype::int32:
-      return put(static_cast<std::int32_t>(value));
-    case Dtype::int64:
-      return put(static_cast<std::int64_t>(value));
-    case Dtype::uint8:
-      return put(static_cast<std::uint8_t>(value));
-  }
-}
 
 }  // namespace
 
@@ -218,7 +129,7 @@ const BenchOperation& bench_operation(std::string_view name) {
     if (operation.name == name) return operation;
     names.emplace_back(operation.name);
   }
-  const std::string near = nearest(std::string(name), names);
+  const std::string near = nearest(name, names);
   throw ConfigError(fmt::format("no operation '{}'", name),
                     near.empty() ? fmt::format("one of {}", fmt::join(names, ", "))
                                  : fmt::format("did you mean {}?", near));
@@ -248,15 +159,18 @@ double bench_value(int rank, std::uint64_t i) {
 
 void fill(std::span<std::byte> memory, Dtype dtype, int rank) {
   const std::size_t element = size_of(dtype);
-  for (std::uint64_t i = 0; i < memory.size() / element; ++i)
-    store(dtype, memory.data() + i * element, bench_value(rank, i));
+  for (std::uint64_t i = 0; i < memory.size() / element; ++i) {
+    const auto value = static_cast<float>(bench_value(rank, i));
+    kernels().round_from_float32(memory.data() + i * element, &value, dtype, 1);
+  }
 }
 
 void check(const BenchOperation& operation, const BenchCase& c, std::span<const std::byte> output) {
   const std::size_t element = size_of(c.dtype);
   for (std::uint64_t i = 0; i < output.size() / element; ++i) {
     const double expected = operation.expected(c, i);
-    const double found = load(c.dtype, output.data() + i * element);
+    float found = 0;
+    kernels().widen_to_float32(&found, output.data() + i * element, c.dtype, 1);
     // Means are rounded to the dtype; everything else is exact.
     if (!std::isnan(expected) && !(std::abs(found - expected) <= 0.01 * std::abs(expected)))
       throw Error(fmt::format("{} gave a wrong result: element {} of {} on rank {} is {}, not {}",

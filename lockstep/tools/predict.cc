@@ -81,8 +81,7 @@ void check(const PredictFlags& flags) {
       throw ConfigError(fmt::format("{} holds no {}", flags.folder, name),
                         "the output folder of a run of lockstep train that has ended an epoch");
   if (flags.workers && (*flags.workers < 1 || *flags.workers > kMaxSeats))
-    throw ConfigError(
-        fmt::format("--workers {} is not from 1 to {}", *flags.workers, kMaxSeats));
+    throw ConfigError(fmt::format("--workers {} is not from 1 to {}", *flags.workers, kMaxSeats));
   check_writable_place(flags.output, "--output");
   refuse_file_of_a_run(flags.output, flags.folder, "--output");
   if (fs::exists(flags.output, error) && !flags.overwrite)
@@ -92,13 +91,7 @@ void check(const PredictFlags& flags) {
 
 Job job_of(const PredictFlags& flags) {
   const std::string path = (fs::path(flags.folder) / "job.toml").string();
-  std::string text;
-  try {
-    text = read_text_file(path);
-  } catch (const Error& error) {
-    throw ConfigError(error.what());
-  }
-  Job job = parse_job(text, path);
+  Job job = parse_job(as_input([&] { return read_text_file(path); }), path);
   if (flags.data.empty() && !job.data.empty())
     throw ConfigError("no --data given",
                       "lockstep predict runs/first --data table.csv --output predictions.csv");

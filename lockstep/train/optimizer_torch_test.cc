@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "lockstep/update/optimizer.h"
+#include "lockstep/update/naive.h"
 
 namespace lockstep {
 namespace {

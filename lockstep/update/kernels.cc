@@ -2,6 +2,8 @@
 
 #include <bit>
 
+#include "lockstep/base/instruction_sets.h"
+
 // -ffp-contract=off comes from the build: a fused multiply-add would round differently where the
 // machine has one. Division and square root are exact in every width.
 
@@ -136,32 +138,30 @@ LOCKSTEP_INLINE std::uint32_t magnitude_loop(const float* values, std::size_t co
   return static_cast<std::uint32_t>(largest);
 }
 
-#define LOCKSTEP_STEP(NAME, SUFFIX, ATTRIBUTE, LOOP) \
-  ATTRIBUTE void NAME##_##SUFFIX(const StepNumbers& n, const StepArrays& a) { LOOP(n, a); }
-#define LOCKSTEP_VARIANT(SUFFIX, ATTRIBUTE)                                                       \
-  LOCKSTEP_STEP(sgd, SUFFIX, ATTRIBUTE, (sgd_loop<false, false>))                                 \
-  LOCKSTEP_STEP(sgd_momentum, SUFFIX, ATTRIBUTE, (sgd_loop<true, false>))                         \
-  LOCKSTEP_STEP(sgd_nesterov, SUFFIX, ATTRIBUTE, (sgd_loop<true, true>))                          \
-  LOCKSTEP_STEP(adam, SUFFIX, ATTRIBUTE, adam_loop<false>)                                        \
-  LOCKSTEP_STEP(amsgrad, SUFFIX, ATTRIBUTE, adam_loop<true>)                                      \
-  LOCKSTEP_STEP(adagrad, SUFFIX, ATTRIBUTE, adagrad_loop)                                         \
-  LOCKSTEP_STEP(rmsprop, SUFFIX, ATTRIBUTE, (rmsprop_loop<false, false>))                         \
-  LOCKSTEP_STEP(rmsprop_momentum, SUFFIX, ATTRIBUTE, (rmsprop_loop<false, true>))                 \
-  LOCKSTEP_STEP(rmsprop_centered, SUFFIX, ATTRIBUTE, (rmsprop_loop<true, false>))                 \
-  LOCKSTEP_STEP(rmsprop_centered_momentum, SUFFIX, ATTRIBUTE, (rmsprop_loop<true, true>))         \
-  ATTRIBUTE double squares_##SUFFIX(const float* v, std::size_t n) { return squares_loop(v, n); } \
-  ATTRIBUTE std::uint32_t magnitude_##SUFFIX(const float* v, std::size_t n) {                     \
-    return magnitude_loop(v, n);                                                                  \
-  }
+using Step = UpdateKernels::Step;
+template <Step... loops>
+struct Loops {};
 // In UpdateKernel's order.
-#define LOCKSTEP_ENTRY(SUFFIX, USABLE)                                                    \
-  {                                                                                       \
-#SUFFIX, USABLE,                                                                      \
-        {sgd_##SUFFIX, sgd_momentum_##SUFFIX, sgd_nesterov_##SUFFIX, adam_##SUFFIX,       \
-         amsgrad_##SUFFIX, adagrad_##SUFFIX, rmsprop_##SUFFIX, rmsprop_momentum_##SUFFIX, \
-         rmsprop_centered_##SUFFIX, rmsprop_centered_momentum_##SUFFIX },                 \
-         squares_##SUFFIX, magnitude_##SUFFIX                                             \
+using AllLoops =
+    Loops<sgd_loop<false, false>, sgd_loop<true, false>, sgd_loop<true, true>, adam_loop<false>,
+          adam_loop<true>, adagrad_loop, rmsprop_loop<false, false>, rmsprop_loop<false, true>,
+          rmsprop_loop<true, false>, rmsprop_loop<true, true>>;
+
+#define LOCKSTEP_VARIANT(SET, TARGET)                                                            \
+  namespace SET {                                                                                \
+  template <Step loop>                                                                           \
+  TARGET void step(const StepNumbers& n, const StepArrays& a) {                                  \
+    loop(n, a);                                                                                  \
+  }                                                                                              \
+  template <Step... loops>                                                                       \
+  constexpr std::array<Step, kUpdateKernelCount> steps(Loops<loops...>) {                        \
+    return {step<loops>...};                                                                     \
+  }                                                                                              \
+  TARGET double squares(const float* v, std::size_t n) { return squares_loop(v, n); }            \
+  TARGET std::uint32_t magnitude(const float* v, std::size_t n) { return magnitude_loop(v, n); } \
   }
+#define LOCKSTEP_ENTRY(SET, USABLE) \
+  { #SET, USABLE, SET::steps(AllLoops()), SET::squares, SET::magnitude }
 
 LOCKSTEP_VARIANT(baseline, )
 #if defined(__x86_64__)
@@ -177,29 +177,19 @@ int state_arrays(UpdateKernel kernel) {
 }
 
 std::span<const UpdateKernels> all_update_kernels() {
-#if defined(__x86_64__)
   static const UpdateKernels kernels[] = {
-      LOCKSTEP_ENTRY(baseline, true),
-      LOCKSTEP_ENTRY(avx2, __builtin_cpu_supports("avx2") != 0),
-      LOCKSTEP_ENTRY(avx512,
-                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")),
-  };
-#else
-  static const UpdateKernels kernels[] = {LOCKSTEP_ENTRY(baseline, true)};
+    LOCKSTEP_ENTRY(baseline, true),
+#if defined(__x86_64__)
+    LOCKSTEP_ENTRY(avx2, has_avx2()),
+    LOCKSTEP_ENTRY(avx512, has_avx512()),
 #endif
+  };
   return kernels;
 }
 
 const UpdateKernels& update_kernels() {
-  static const UpdateKernels& widest = []() -> const UpdateKernels& {
-    const std::span<const UpdateKernels> kernels = all_update_kernels();
-    std::size_t best = 0;
-    for (std::size_t i = 0; i < kernels.size(); ++i)
-      if (kernels[i].usable) best = i;
-    return kernels[best];
-  }();
-  return widest;
+  static const UpdateKernels& best = widest(all_update_kernels());
+  return best;
 }
 
 }  // namespace lockstep

@@ -138,3 +138,34 @@ struct Weights {
 };
 
 }  // namespace lockstep::naive
+
+namespace lockstep {
+
+// Nothing naive: the kernels on whole spans of one process.
+class Optimizer {
+ public:
+  Optimizer(const OptimizerOptions& options, std::size_t count)
+      : options_(options),
+        states_(state_names(options).size(), std::vector<float>(count, initial_state(options))) {}
+  void step(std::span<float> weights, std::span<const float> gradient, float gradient_scale,
+            double lr) {
+    options_.lr = lr;
+    const StepNumbers numbers = step_numbers(options_, ++steps_, gradient_scale);
+    StepArrays arrays{.gradient = gradient.data(),
+                      .weights = weights.data(),
+                      .states = {},
+                      .new_weights = weights.data(),
+                      .new_states = {},
+                      .count = weights.size()};
+    for (std::size_t i = 0; i < states_.size(); ++i)
+      arrays.states[i] = arrays.new_states[i] = states_[i].data();
+    update_kernels().step(numbers.kernel)(numbers, arrays);
+  }
+
+ private:
+  OptimizerOptions options_;
+  std::uint64_t steps_ = 0;
+  std::vector<std::vector<float>> states_;
+};
+
+}  // namespace lockstep

@@ -21,23 +21,17 @@ SGD::operator OptimizerOptions() const {
           .weight_decay = weight_decay};
 }
 
-Adam::operator OptimizerOptions() const {
-  return {.kind = OptimizerKind::adam,
+template <bool decoupled>
+AdamWith<decoupled>::operator OptimizerOptions() const {
+  return {.kind = decoupled ? OptimizerKind::adamw : OptimizerKind::adam,
           .lr = lr,
           .betas = betas,
           .eps = eps,
           .weight_decay = weight_decay,
           .amsgrad = amsgrad};
 }
-
-AdamW::operator OptimizerOptions() const {
-  return {.kind = OptimizerKind::adamw,
-          .lr = lr,
-          .betas = betas,
-          .eps = eps,
-          .weight_decay = weight_decay,
-          .amsgrad = amsgrad};
-}
+template struct AdamWith<false>;
+template struct AdamWith<true>;
 
 Adagrad::operator OptimizerOptions() const {
   return {.kind = OptimizerKind::adagrad,
@@ -103,28 +97,19 @@ UpdateKernel kernel_of(const OptimizerOptions& options) {
 }
 
 std::vector<std::string_view> state_names(const OptimizerOptions& options) {
-  switch (kernel_of(options)) {
-    case UpdateKernel::sgd:
-      return {};
-    case UpdateKernel::sgd_momentum:
-    case UpdateKernel::sgd_nesterov:
-      return {"momentum_buffer"};
-    case UpdateKernel::adam:
-      return {"exp_avg", "exp_avg_sq"};
-    case UpdateKernel::amsgrad:
-      return {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-    case UpdateKernel::adagrad:
-      return {"sum"};
-    case UpdateKernel::rmsprop:
-      return {"square_avg"};
-    case UpdateKernel::rmsprop_momentum:
-      return {"square_avg", "momentum_buffer"};
-    case UpdateKernel::rmsprop_centered:
-      return {"square_avg", "grad_avg"};
-    case UpdateKernel::rmsprop_centered_momentum:
-      return {"square_avg", "momentum_buffer", "grad_avg"};
-  }
-  LOCKSTEP_CHECK(false, "unknown optimizer");
+  static const std::vector<std::string_view> names[kUpdateKernelCount] = {
+      // by UpdateKernel
+      {},
+      {"momentum_buffer"},
+      {"momentum_buffer"},
+      {"exp_avg", "exp_avg_sq"},
+      {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+      {"sum"},
+      {"square_avg"},
+      {"square_avg", "momentum_buffer"},
+      {"square_avg", "grad_avg"},
+      {"square_avg", "momentum_buffer", "grad_avg"}};
+  return names[static_cast<std::size_t>(kernel_of(options))];
 }
 
 float initial_state(const OptimizerOptions& options) {
@@ -172,30 +157,6 @@ StepNumbers step_numbers(const OptimizerOptions& options, std::uint64_t steps,
       break;
   }
   return numbers;
-}
-
-Optimizer::Optimizer(const OptimizerOptions& options, std::size_t count)
-    : options_(options), count_(count) {
-  states_.resize(state_names(options).size(), std::vector<float>(count, initial_state(options)));
-}
-
-void Optimizer::step(std::span<float> weights, std::span<const float> gradient,
-                     float gradient_scale, double lr) {
-  LOCKSTEP_CHECK(weights.size() == count_ && gradient.size() == count_,
-                 "an optimizer steps spans of the size it was made for");
-  ++steps_;
-  options_.lr = lr;
-  const StepNumbers numbers =
-      step_numbers(options_, static_cast<std::uint64_t>(steps_), gradient_scale);
-  StepArrays arrays{.gradient = gradient.data(),
-                    .weights = weights.data(),
-                    .states = {},
-                    .new_weights = weights.data(),
-                    .new_states = {},
-                    .count = count_};
-  for (std::size_t i = 0; i < states_.size(); ++i)
-    arrays.states[i] = arrays.new_states[i] = states_[i].data();
-  update_kernels().step(numbers.kernel)(numbers, arrays);
 }
 
 double sum_of_squares(std::span<const float> values) {

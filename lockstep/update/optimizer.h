@@ -1,7 +1,7 @@
 // Optimizers' arithmetic on spans of fp32, torch-free: what torch::optim's SGD, Adam, AdamW,
 // Adagrad and RMSprop compute, in one pass over memory. The order of operations is fixed: the same
 // inputs give the same bits for any split of the span into slices, any alignment and any
-// instruction set. An Optimizer belongs to one thread; the functions are pure.
+// instruction set. Pure; any thread.
 #pragma once
 
 #include <cstddef>
@@ -43,22 +43,17 @@ struct SGD {
   bool nesterov = false;
   operator OptimizerOptions() const;
 };
-struct Adam {
+template <bool decoupled>  // the weight decay, from the gradient
+struct AdamWith {
   double lr = 1e-3;
   std::pair<double, double> betas = {0.9, 0.999};
   double eps = 1e-8;
-  double weight_decay = 0;
+  double weight_decay = decoupled ? 1e-2 : 0;
   bool amsgrad = false;
   operator OptimizerOptions() const;
 };
-struct AdamW {
-  double lr = 1e-3;
-  std::pair<double, double> betas = {0.9, 0.999};
-  double eps = 1e-8;
-  double weight_decay = 1e-2;
-  bool amsgrad = false;
-  operator OptimizerOptions() const;
-};
+using Adam = AdamWith<false>;
+using AdamW = AdamWith<true>;
 struct Adagrad {
   double lr = 1e-2;
   double lr_decay = 0;
@@ -89,22 +84,6 @@ float initial_state(const OptimizerOptions& options);
 // where a summed gradient is divided by its weight, unscaled and clipped.
 StepNumbers step_numbers(const OptimizerOptions& options, std::uint64_t steps,
                          float gradient_scale);
-
-class Optimizer {
- public:
-  Optimizer(const OptimizerOptions& options, std::size_t count);
-  // weights -= update(gradient * gradient_scale) at learning rate lr. Both spans hold `count`
-  // elements and do not overlap.
-  void step(std::span<float> weights, std::span<const float> gradient, float gradient_scale,
-            double lr);
-  std::int64_t steps() const { return steps_; }
-
- private:
-  OptimizerOptions options_;
-  std::int64_t steps_ = 0;
-  std::size_t count_ = 0;
-  std::vector<std::vector<float>> states_;
-};
 
 // Sum of squares in double: partial sums over fixed tiles of 1,024 elements, added in tile order.
 // Same bits for any caller.

@@ -30,7 +30,6 @@ std::vector<float> train(const Known& known, float gradient_scale) {
           static_cast<float>((step * 7 + i * 3) % 11 - 5) / 8 / gradient_scale;
     optimizer.step(weights, gradient, gradient_scale, known.lr);
   }
-  EXPECT_EQ(optimizer.steps(), 100);
   return weights;
 }
 
