@@ -1,0 +1,3 @@
+#include "lockstep/cluster/membership.h"
+
+namespace lockstep {}
