@@ -8,8 +8,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -42,6 +40,7 @@ struct WorkerReport {
   // (comm_error), and its message.
   std::optional<std::uint64_t> comm_error = {};
   std::string message = {};
+  std::optional<std::uint64_t> listed = {};  // the newest generation that it is a member of
 };
 
 struct Member {
@@ -57,8 +56,10 @@ struct JobGeneration {
   std::vector<Member> members;
   // Planned: members of the generation before that this one drops. They work until it is taken up.
   std::vector<Member> leaving;
-  bool at_once = false;  // all older generations are over; else it is taken up at the end of a step
+  std::uint64_t over = 0;  // generations below this number are over when this one is published
   std::string reason;
+
+  bool at_once() const { return over == number; }  // else it is taken up at the end of a step
 };
 using GenerationPtr = std::shared_ptr<const JobGeneration>;  // it has up to 10,000 members
 
@@ -122,6 +123,7 @@ class Coordinator {
   // term: greater for each coordinator of a job. One after the first (0) listens for node_timeout
   // before it decides anything. Throws ConfigError for numbers out of range.
   explicit Coordinator(const Policy& policy, Clock::time_point now, std::uint64_t term = 0);
+  ~Coordinator();
 
   void take(const NodeReport& report, Clock::time_point now);  // old ones are ignored
   void scale(int workers);  // throws ConfigError if outside least..most
@@ -129,28 +131,12 @@ class Coordinator {
   Decision decide(Clock::time_point now);
   Assignment assignment(int node) const;
 
-  int aimed() const { return aimed_; }
-  GenerationPtr generation() const { return generation_; }  // the newest; null: none
+  int aimed() const;                 // how many members it aims at
+  GenerationPtr generation() const;  // the newest; null: none
 
  private:
-  struct Worker {
-    WorkerReport report;
-    bool gone = false;  // its end (or its node's) is dealt with
-  };
-  struct Node {
-    NodeReport report;
-    Clock::time_point heard;
-    bool lost = false;
-    std::uint64_t start = 0;
-    std::map<std::uint64_t, Worker> workers;  // by incarnation
-    std::vector<std::uint64_t> kill;
-  };
-
-  Policy policy_;
-  std::uint64_t term_;
-  int aimed_;
-  std::map<int, Node> nodes_;
-  GenerationPtr generation_;
+  class Machine;
+  std::unique_ptr<Machine> machine_;
 };
 
 }  // namespace lockstep

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <deque>
+#include <map>
 #include <utility>
 
 #include "lockstep/cluster/membership.h"
@@ -48,7 +49,6 @@ class Roster {
 
  private:
   WorkerReport& at(std::uint64_t incarnation);
-  std::vector<int> free_seats() const;
 
   int seats_;
   Clock::duration lease_;
@@ -58,8 +58,7 @@ class Roster {
   std::uint64_t acknowledged_ = 0;
   std::deque<std::pair<std::uint64_t, Clock::time_point>> sent_;  // versions not yet acknowledged
   Clock::time_point lease_from_{};
-  // The newest generation that listed an incarnation; none: it was never a member.
-  std::map<std::uint64_t, std::uint64_t> listed_;
+  std::map<std::uint64_t, std::uint64_t> told_;  // in which version an incarnation's end was first
 };
 
 }  // namespace lockstep
