@@ -40,8 +40,10 @@ std::string Coordinator::Machine::restarts_in_words() const {
 void Coordinator::Machine::order_starts(Tally& tally, Clock::time_point now) {
   starts_.clear();
   const std::size_t need =
-      target(tally) + (tally.finished > 0 ? 0 : static_cast<std::size_t>(policy_.standby));
-  const std::size_t have = tally.staying.size() + tally.waiting.size() + tally.starting;
+      target(tally) + (finishing_ ? 0 : static_cast<std::size_t>(policy_.standby));
+  // Who is leaving is kept if somebody is lost.
+  const std::size_t members = tally.lost ? tally.survivors() : tally.staying.size();
+  const std::size_t have = members + tally.waiting.size() + tally.starting;
   if (have >= need) {
     losses_ = 0;
     if (have > need && retire(tally, have - need)) tally = count();
@@ -141,7 +143,7 @@ Decision Coordinator::Machine::decide(Clock::time_point now) {
   }
   Tally tally = count();
   if (!end_ && generation_ && tally.finished == generation_->members.size())
-    end(true, fmt::format("all {} finished", count_of(tally.finished, "worker")));
+    end(true, "all workers finished");
   if (!end_) {
     order_starts(tally, now);
     if (!generation_)
@@ -202,7 +204,7 @@ bool Coordinator::Machine::wait_for_more(const Tally& tally, std::size_t floor,
 }
 
 void Coordinator::Machine::begin(Tally& tally, Clock::time_point now) {
-  if (wait_for_more(tally, floor(tally), now)) return;
+  if (wait_for_more(tally, floor(), now)) return;
   tally.waiting.resize(std::min(tally.waiting.size(), target(tally)));
   const std::size_t workers = tally.waiting.size();
   publish(std::move(tally.waiting), {}, true, fmt::format("{} begin", count_of(workers, "worker")));
@@ -210,7 +212,7 @@ void Coordinator::Machine::begin(Tally& tally, Clock::time_point now) {
 
 void Coordinator::Machine::go_on_without_the_lost(Tally& tally, Clock::time_point now) {
   over_ = generation_->number + 1;
-  const std::size_t least = floor(tally);
+  const std::size_t least = floor();
   const bool enough = tally.survivors() >= least;
   // Nobody takes over the work of one who may still write.
   const bool wait = tally.dying || (!enough && wait_for_more(tally, least, now));
@@ -273,7 +275,7 @@ std::string Coordinator::Machine::publish_survivors(Tally& tally, const std::str
 }
 
 void Coordinator::Machine::change_at_a_steps_end(Tally& tally, Clock::time_point now) {
-  if (!taken_up() || tally.finished > 0) return;
+  if (!taken_up() || finishing_) return;
   const auto aimed = static_cast<std::size_t>(aimed_);
   const std::size_t members = tally.staying.size();
   if (members > aimed) {

@@ -91,13 +91,10 @@ class Coordinator::Machine {
   Worker* find(const Member& member);
   void set_ranks();
   bool taken_up() const { return taken_up_ && *taken_up_ >= generation_->number; }
-  std::size_t floor(const Tally& tally) const {
-    return tally.finished > 0 ? 1 : static_cast<std::size_t>(policy_.least);
-  }
-  // Once a member has finished, whoever is left finishes the rest.
+  std::size_t floor() const { return finishing_ ? 1 : static_cast<std::size_t>(policy_.least); }
   std::size_t target(const Tally& tally) const {
-    return tally.finished > 0 ? std::max<std::size_t>(1, tally.staying.size())
-                              : static_cast<std::size_t>(aimed_);
+    return finishing_ ? std::max<std::size_t>(1, tally.staying.size())
+                      : static_cast<std::size_t>(aimed_);
   }
   std::size_t restarts_left(Clock::time_point now);
   std::string restarts_in_words() const;
@@ -120,6 +117,7 @@ class Coordinator::Machine {
   std::uint64_t over_ = 0;
   std::optional<std::uint64_t> taken_up_;
   std::uint64_t committed_ = 0;
+  bool finishing_ = false;  // a member has finished: whoever is left finishes the rest
   std::optional<JobEnd> end_;
   bool listening_;  // for what the coordinator before has decided
   Clock::time_point listen_until_{};

@@ -148,6 +148,7 @@ Coordinator::Machine::Tally Coordinator::Machine::count() {
   if (generation_) {
     for (const Member& member : generation_->members)
       tally.finished += look(member, tally.staying) == WorkerState::finished ? 1 : 0;
+    finishing_ |= tally.finished > 0;
     if (!taken_up())
       for (const Member& member : generation_->leaving) look(member, tally.leaving);
   }
