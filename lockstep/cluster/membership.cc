@@ -148,7 +148,7 @@ Decision Coordinator::Machine::decide(Clock::time_point now) {
     order_starts(tally, now);
     if (!generation_)
       begin(tally, now);
-    else if (tally.lost)
+    else if (tally.lost || (tally.finished > 0 && tally.survivors() > 0 && !taken_up()))
       go_on_without_the_lost(tally, now);
     else if (tally.failed_group != nullptr)
       begin_again(tally, now);
@@ -219,8 +219,8 @@ void Coordinator::Machine::go_on_without_the_lost(Tally& tally, Clock::time_poin
   if (end_) return;
   const std::string starts = starts_.empty() ? "" : "; " + starts_;
   if (!wait) {
-    const std::string cause = all_of(lost_);
-    publish_survivors(tally, cause);
+    // Newcomers would wait for those who have finished.
+    publish_survivors(tally, lost_.empty() ? "others have finished" : all_of(lost_));
   } else if (news_) {
     tell(fmt::format("{}: {}{}", all_of(lost_),
                      tally.dying ? "waiting for the end of who is being killed"

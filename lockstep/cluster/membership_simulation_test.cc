@@ -243,6 +243,7 @@ void Simulation::fault() {
   } else if (dice == 9 && setup_.coordinator_restarts && coordinator_) {
     log("! the coordinator ends");
     coordinator_ = nullptr;
+    again_ = std::nullopt;
     later(up_to(300) * 1ms, [this] {
       log("! another coordinator starts");
       coordinator_ = std::make_unique<Coordinator>(setup_.policy, now_, ++term_);
@@ -262,7 +263,8 @@ void Simulation::fault() {
 
 // The agents' eyes: a worker that stands still for 150 ms is killed, wherever it stands.
 void Simulation::look_for_frozen() {
-  for (const auto& worker : workers_) {
+  for (std::size_t i = 0; i < workers_.size(); ++i) {  // more may start meanwhile
+    Worker* const worker = workers_[i].get();
     if (!worker->alive || worker->frozen_until <= now_ || now_ < worker->frozen_since + 150ms)
       continue;
     Node& node = nodes_.at(worker->node);
@@ -270,7 +272,7 @@ void Simulation::look_for_frozen() {
     if (known == nullptr || !lives(known->state)) continue;
     node.roster.killing(worker->incarnation, "stood still for 0.15 s");
     report(worker->node);
-    later(up_to(20) * 1ms, [this, raw = worker.get()] { kill(*raw, "killed"); });
+    later(up_to(20) * 1ms, [this, worker] { kill(*worker, "killed"); });
   }
 }
 
