@@ -117,6 +117,7 @@ struct Worker {
   Clock::time_point frozen_until{};  // stopped by a signal
   Clock::time_point frozen_since{};
   bool fails_next_meeting = false;
+  bool has_done_its_part = false;  // in the last meeting of a step: nothing is left to write
 
   GenerationPtr generation = {};  // that it works in; null: in none
   std::size_t rank = 0;
@@ -164,7 +165,7 @@ class Simulation {
     for (int i = 0; i < setup.nodes; ++i) add_node();
     Clock::time_point when = now_;
     for (int i = 0; i < setup.faults; ++i) {
-      when += up_to(300) * 1ms;
+      when += up_to(up_to(1) == 0 ? 30 : 150) * 1ms;
       faults_.push_back(when);
       if (up_to(4) == 0) faults_.push_back(when);  // two at once
     }

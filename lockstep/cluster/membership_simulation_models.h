@@ -120,6 +120,7 @@ class OneNode : public Model {
   void reset_seat(int, int seat) override { seats_[static_cast<std::size_t>(seat)] = {}; }
 
   void recover(Worker& worker) override {
+    worker.has_done_its_part = false;
     const auto instant = [&](auto, auto) { simulation_.instant(worker); };
     simulation_.meet(worker);
     simulation_.check_alone(worker);
@@ -135,7 +136,8 @@ class OneNode : public Model {
     }
     simulation_.meet(worker);
     simulation_.instant(worker);
-    if (plan.action == RecoveryPlan::Action::finish) commit(worker, decided);
+    if (plan.action == RecoveryPlan::Action::finish)
+      commit(worker, state().record(decided, work_.spec));
   }
 
   std::uint64_t step(Worker& worker) override {
@@ -152,15 +154,14 @@ class OneNode : public Model {
       instant();
     }
     simulation_.meet(worker);
-    {
-      const StepRecord record = state().record(step, work_.spec);
-      const Places places(*this, record);
-      SliceUpdate update(work_.spec, state());
-      update.run(record, places.contributions(), worker.rank, [&](auto, auto) { instant(); });
-    }
+    const StepRecord record = state().record(step, work_.spec);
+    const Places places(*this, record);
+    SliceUpdate update(work_.spec, state());
+    update.run(record, places.contributions(), worker.rank, [&](auto, auto) { instant(); });
+    worker.has_done_its_part = true;
     simulation_.meet(worker);
     instant();
-    commit(worker, step);
+    commit(worker, record);
     instant();
     return *std::min_element(known.begin(), known.end());
   }
@@ -231,12 +232,11 @@ class OneNode : public Model {
                               .slices = static_cast<int>(worker.size())}));
   }
 
-  void commit(Worker& worker, std::uint64_t step) {
-    const StepRecord record = state().record(step, work_.spec);
-    const bool first = state().committed() != step;
+  void commit(Worker& worker, const StepRecord& record) {
+    const bool first = state().committed() < record.step;
     state().commit(record);
     if (first) check(record);
-    simulation_.committed(worker, step);
+    simulation_.committed(worker, record.step);
   }
 
   void check(const StepRecord& record) {
@@ -282,6 +282,7 @@ class ManyNodes : public Model {
   void reset_seat(int, int) override {}
 
   void recover(Worker& worker) override {
+    worker.has_done_its_part = false;
     const auto replicas = simulation_.meet(worker, replicas_[worker.node].step);
     simulation_.check_alone(worker);
     const auto newest = std::max_element(replicas.begin(), replicas.end());
@@ -310,6 +311,7 @@ class ManyNodes : public Model {
     simulation_.instant(worker);
     if (speaks_for_its_node(worker)) replicas_[worker.node] = {step, sum(before.weights, parts)};
     simulation_.instant(worker);
+    worker.has_done_its_part = true;
     simulation_.meet(worker);
     for (const Worker* const other : worker.group) check(replicas_[other->node], step);
     simulation_.committed(worker, step);

@@ -36,7 +36,7 @@ std::vector<std::uint64_t> Simulation::meet(Worker& worker, std::uint64_t word) 
 
 void Simulation::check_alone(const Worker& worker) {
   for (const auto& other : workers_)
-    if (other->alive && other->generation &&
+    if (other->alive && other->generation && !other->has_done_its_part &&
         other->generation->number < worker.generation->number &&
         std::find(worker.group.begin(), worker.group.end(), other.get()) == worker.group.end())
       throw Violation(fmt::format("generation {} recovers while worker {}.{} may be at work in {}",
@@ -344,7 +344,8 @@ Setup draw(std::uint64_t seed) {
                   .wait_patience = 2s};
   setup.policy.least = 1 + up_to(setup.policy.most - 1);
   if (setup.nodes > 1) setup.policy.node_timeout = 200ms;
-  setup.seats = 2 * setup.policy.most + setup.policy.standby;
+  // A seat of a dead member is kept until the next commit.
+  setup.seats = 2 * setup.policy.most + setup.policy.standby + 12;
   setup.goal = static_cast<std::uint64_t>(5 + up_to(7));
   setup.faults = up_to(6);
   setup.loss = up_to(1) == 0 ? 0 : 0.1;
@@ -389,10 +390,12 @@ TEST(MembershipSimulation, WholeStepsAndTheRightBitsWhateverHappens) {
   }
   const char* const asked = std::getenv("LOCKSTEP_HISTORIES");
   const std::uint64_t histories = asked != nullptr ? std::strtoull(asked, nullptr, 10) : 3000;
-  for (std::uint64_t seed = 1; seed <= histories && !HasFailure(); ++seed) {
+  int failed = 0;
+  for (std::uint64_t seed = 1; seed <= histories && failed < 5; ++seed) {
     try {
       run_history(seed, false, totals);
     } catch (const std::exception& failure) {
+      ++failed;
       ADD_FAILURE() << "history " << seed << ": " << failure.what()
                     << "\nreplay: LOCKSTEP_SEED=" << seed
                     << " cluster_test --gtest_filter=MembershipSimulation.*";

@@ -21,31 +21,32 @@ std::uint64_t Roster::started(int seat, int pid) {
 }
 
 void Roster::ready(std::uint64_t incarnation) {
-  WorkerReport& worker = at(incarnation);
-  if (worker.state == WorkerState::starting) worker.state = WorkerState::ready;
+  WorkerReport* const worker = known(incarnation);
+  if (worker != nullptr && worker->state == WorkerState::starting)
+    worker->state = WorkerState::ready;
 }
 
 void Roster::killing(std::uint64_t incarnation, std::string cause) {
-  WorkerReport& worker = at(incarnation);
-  if (!lives(worker.state)) return;
-  worker.state = WorkerState::dying;
-  worker.cause = std::move(cause);
+  WorkerReport* const worker = known(incarnation);
+  if (worker == nullptr || !lives(worker->state)) return;
+  worker->state = WorkerState::dying;
+  worker->cause = std::move(cause);
 }
 
 void Roster::ended(std::uint64_t incarnation, WorkerState state, std::string cause,
                    bool failed_for_good) {
-  WorkerReport& worker = at(incarnation);
-  if (lockstep::ended(worker.state)) return;
-  if (worker.state != WorkerState::dying) worker.cause = std::move(cause);
-  worker.state = state;
-  worker.failed_for_good = failed_for_good;
+  WorkerReport* const worker = known(incarnation);
+  if (worker == nullptr || lockstep::ended(worker->state)) return;
+  if (worker->state != WorkerState::dying) worker->cause = std::move(cause);
+  worker->state = state;
+  worker->failed_for_good = failed_for_good;
 }
 
 void Roster::comm_error(std::uint64_t incarnation, std::uint64_t generation, std::string message) {
-  WorkerReport& worker = at(incarnation);
-  if (worker.comm_error && *worker.comm_error >= generation) return;
-  worker.comm_error = generation;
-  worker.message = std::move(message);
+  WorkerReport* const worker = known(incarnation);
+  if (worker == nullptr || (worker->comm_error && *worker->comm_error >= generation)) return;
+  worker->comm_error = generation;
+  worker->message = std::move(message);
 }
 
 void Roster::committed(std::uint64_t step, std::uint64_t generation) {
@@ -127,10 +128,8 @@ const WorkerReport* Roster::find(std::uint64_t incarnation) const {
   return nullptr;
 }
 
-WorkerReport& Roster::at(std::uint64_t incarnation) {
-  const WorkerReport* const worker = find(incarnation);
-  LOCKSTEP_CHECK(worker != nullptr, "no such worker is on this node");
-  return const_cast<WorkerReport&>(*worker);
+WorkerReport* Roster::known(std::uint64_t incarnation) {
+  return const_cast<WorkerReport*>(find(incarnation));
 }
 
 std::optional<std::size_t> Roster::rank_of(std::uint64_t incarnation) const {

@@ -28,7 +28,7 @@ class Roster {
   // the time that this may take. max(): never, as where the coordinator is in the same process.
   Roster(int node, int seats, Clock::duration lease = Clock::duration::max());
 
-  // --- What happens ---
+  // --- What happens. Of a worker whose seat was given to another: ignored ---
   std::uint64_t started(int seat, int pid);  // its incarnation
   void ready(std::uint64_t incarnation);
   void killing(std::uint64_t incarnation, std::string cause);  // it hangs: SIGKILL is being sent
@@ -48,7 +48,7 @@ class Roster {
   std::optional<std::size_t> rank_of(std::uint64_t incarnation) const;  // in the newest generation
 
  private:
-  WorkerReport& at(std::uint64_t incarnation);
+  WorkerReport* known(std::uint64_t incarnation);
 
   int seats_;
   Clock::duration lease_;
