@@ -41,8 +41,9 @@ void Coordinator::Machine::order_starts(Tally& tally, Clock::time_point now) {
   starts_.clear();
   const std::size_t need =
       target(tally) + (finishing_ ? 0 : static_cast<std::size_t>(policy_.standby));
-  // Who is leaving is kept if somebody is lost.
-  const std::size_t members = tally.lost ? tally.survivors() : tally.staying.size();
+  // Who is leaving is kept if somebody is lost; members that are too many leave by themselves.
+  const std::size_t members =
+      std::min(target(tally), tally.lost ? tally.survivors() : tally.staying.size());
   const std::size_t have = members + tally.waiting.size() + tally.starting;
   if (have >= need) {
     losses_ = 0;
@@ -132,7 +133,7 @@ bool Coordinator::Machine::retire(const Tally& tally, std::size_t surplus) {
 
 Decision Coordinator::Machine::decide(Clock::time_point now) {
   decision_ = {};
-  if (listening_ && now < listen_until_) {
+  if (listening_ && (nodes_.empty() || now < listen_until_)) {
     wake(listen_until_);
     return decision_;
   }

@@ -153,10 +153,6 @@ class Model {
   virtual void reset_seat(int node, int seat) = 0;
 };
 
-// Whether a worker whose group failed waits until its generation is over, and does not take a
-// planned one that was published before.
-inline bool kWaitsForOver = std::getenv("LOCKSTEP_HASTY") == nullptr;
-
 class Simulation {
  public:
   Simulation(std::uint64_t seed, const Setup& setup, bool print)

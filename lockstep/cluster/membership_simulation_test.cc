@@ -62,11 +62,13 @@ bool Simulation::enter(Worker& worker, bool failed) {
   const Node& node = nodes_.at(worker.node);
   const bool was_member = worker.generation != nullptr;
   const std::uint64_t seen = was_member ? worker.generation->number + 1 : 0;
+  // After a failure only a generation that ends the old one will do: a planned one may leave out
+  // somebody who is still at work in it.
   GenerationPtr looked_at;
   for (;;) {
     wait(worker, [&] {
       return node.published && node.published != looked_at && node.published->number >= seen &&
-             (!failed || !kWaitsForOver || node.over >= seen);
+             (!failed || node.over >= seen);
     });
     looked_at = node.published;
     const auto& members = looked_at->members;
