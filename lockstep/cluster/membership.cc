@@ -43,7 +43,7 @@ void Coordinator::Machine::order_starts(Tally& tally, Clock::time_point now) {
       target(tally) + (finishing_ ? 0 : static_cast<std::size_t>(policy_.standby));
   // Who is leaving is kept if somebody is lost; members that are too many leave by themselves.
   const std::size_t members =
-      std::min(target(tally), tally.lost ? tally.survivors() : tally.staying.size());
+      std::min(target(tally), tally.lost || is_over() ? tally.survivors() : tally.staying.size());
   const std::size_t have = members + tally.waiting.size() + tally.starting;
   if (have >= need) {
     losses_ = 0;
@@ -134,7 +134,7 @@ bool Coordinator::Machine::retire(const Tally& tally, std::size_t surplus) {
 Decision Coordinator::Machine::decide(Clock::time_point now) {
   decision_ = {};
   if (listening_ && (nodes_.empty() || now < listen_until_)) {
-    wake(listen_until_);
+    if (now < listen_until_) wake(listen_until_);
     return decision_;
   }
   if (listening_) finish_listening();
@@ -149,7 +149,8 @@ Decision Coordinator::Machine::decide(Clock::time_point now) {
     order_starts(tally, now);
     if (!generation_)
       begin(tally, now);
-    else if (tally.lost || (tally.finished > 0 && tally.survivors() > 0 && !taken_up()))
+    else if (tally.lost || is_over() ||
+             (tally.finished > 0 && tally.survivors() > 0 && !taken_up()))
       go_on_without_the_lost(tally, now);
     else if (tally.failed_group != nullptr)
       begin_again(tally, now);

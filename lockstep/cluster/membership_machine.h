@@ -91,6 +91,8 @@ class Coordinator::Machine {
   Worker* find(const Member& member);
   void set_ranks();
   bool taken_up() const { return taken_up_ && *taken_up_ >= generation_->number; }
+  // Waits in it were ended: another must follow, also if who was to be killed finished instead.
+  bool is_over() const { return generation_ && over_ > generation_->number; }
   std::size_t floor() const { return finishing_ ? 1 : static_cast<std::size_t>(policy_.least); }
   std::size_t target(const Tally& tally) const {
     return finishing_ ? std::max<std::size_t>(1, tally.staying.size())
