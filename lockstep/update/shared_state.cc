@@ -234,6 +234,7 @@ StepRecord SharedState::record(std::uint64_t step, const UpdateSpec& spec) const
 }
 
 void SharedState::commit(const StepRecord& record) const {
+  if (committed() >= record.step) return;
   for (std::uint64_t slice = 0; slice < record.slices(); ++slice) {
     if (const SliceProgress found = progress(slice); found != whole_slice(record, slice))
       throw Error(fmt::format("step {} cannot be committed: slice {} is at block {} of step {}",

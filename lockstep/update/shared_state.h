@@ -104,8 +104,9 @@ class SharedState {
   void decide(const StepRecord& record) const;
   // A checked copy of the record of step committed() or decided().
   StepRecord record(std::uint64_t step, const UpdateSpec& spec) const;
-  // The step is whole; throws Error if a slice has not taken it. Every rank may call it, in the
-  // same phase of the step; the first changes the word.
+  // The step is whole; throws Error if a slice has not taken it. Every rank may call it after the
+  // same meeting; the first changes the word. One that leaves may be late: others are at work on
+  // the next step then.
   void commit(const StepRecord& record) const;
 
  private:

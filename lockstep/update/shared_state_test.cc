@@ -142,6 +142,12 @@ TEST(SharedState, CommitNeedsEverySlice) {
   state.commit(record);
   state.commit(record);  // somebody else's
   EXPECT_EQ(state.committed(), 1u);
+  // Late, when the others are at work on the next step.
+  const StepRecord next = what.plan(record, {{0, 2}}, 1);
+  state.decide(next);
+  update.run(next, memory.contributions(), 0);
+  state.commit(record);
+  EXPECT_EQ(state.committed(), 1u);
 }
 
 // --- The decision ---

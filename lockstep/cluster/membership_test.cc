@@ -1,0 +1,487 @@
+// What the membership machine does, told as short stories: reports in, reasons out.
+#include "lockstep/cluster/membership.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "lockstep/base/error.h"
+#include "lockstep/cluster/reconcile.h"
+
+namespace lockstep {
+namespace {
+
+using namespace std::chrono_literals;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using Words = std::vector<std::string>;
+
+constexpr auto kKilled = "killed by signal 9 (SIGKILL)";
+
+// A job on a few nodes whose messages arrive at once. Worker n of node k has pid 100 k + n.
+class Job {
+ public:
+  explicit Job(Policy policy, int nodes = 1, int seats = 16)
+      : policy_(policy), coordinator_(std::in_place, policy, now) {
+    for (int node = 0; node < nodes; ++node) rosters.emplace_back(node, seats);
+  }
+
+  // Until nothing is to be done any more; what was said meanwhile.
+  Words settle() {
+    Words said;
+    for (bool changed = true; changed;) {
+      for (Roster& roster : rosters) coordinator_->take(roster.report(now), now);
+      const Decision decision = coordinator_->decide(now);
+      said.insert(said.end(), decision.reasons.begin(), decision.reasons.end());
+      again = decision.again;
+      end = decision.end;
+      changed = decision.published != nullptr;
+      for (std::size_t i = 0; i < rosters.size(); ++i) {
+        const NodePlan plan = rosters[i].follow(coordinator_->assignment(static_cast<int>(i)));
+        over = plan.over;
+        for (const std::uint64_t killed : plan.kill)
+          rosters[i].ended(killed, WorkerState::failed, kKilled);
+        for (const int seat : plan.start)
+          rosters[i].started(seat, static_cast<int>(100 * i + rosters[i].workers().size()));
+        changed |= !plan.start.empty() || !plan.kill.empty() || !plan.reset.empty();
+      }
+    }
+    return said;
+  }
+  // All that start become ready.
+  Words ready() {
+    for (Roster& roster : rosters)
+      for (const WorkerReport& worker : roster.workers())
+        if (worker.state == WorkerState::starting) roster.ready(worker.incarnation);
+    return settle();
+  }
+  Words die(std::uint64_t incarnation, const std::string& cause = kKilled, std::size_t node = 0) {
+    rosters[node].ended(incarnation, WorkerState::failed, cause);
+    return settle();
+  }
+  Words finish(std::uint64_t incarnation) {
+    rosters[0].ended(incarnation, WorkerState::finished, "");
+    return settle();
+  }
+  Words commit() {
+    ++step;
+    for (Roster& roster : rosters) roster.committed(step, coordinator_->generation()->number);
+    return settle();
+  }
+  Words later(Clock::duration duration) {
+    now += duration;
+    return settle();
+  }
+  Words scale(int workers) {
+    coordinator_->scale(workers);
+    return settle();
+  }
+  void restart_the_coordinator() { coordinator_.emplace(policy_, now, ++term_); }
+  // Begins, and commits a step.
+  void begin() {
+    settle();
+    ready();
+    commit();
+  }
+
+  std::vector<std::uint64_t> members() const {
+    std::vector<std::uint64_t> incarnations;
+    for (const Member& member : coordinator_->generation()->members)
+      incarnations.push_back(member.incarnation);
+    return incarnations;
+  }
+  const JobGeneration& generation() const { return *coordinator_->generation(); }
+  bool began() const { return coordinator_->generation() != nullptr; }
+  Coordinator& coordinator() { return *coordinator_; }
+
+  Clock::time_point now{1000s};
+  std::vector<Roster> rosters;
+  std::optional<Clock::time_point> again;
+  std::optional<JobEnd> end;
+  std::uint64_t over = 0;
+  std::uint64_t step = 0;
+
+ private:
+  Policy policy_;
+  std::optional<Coordinator> coordinator_;
+  std::uint64_t term_ = 0;
+};
+
+TEST(Membership, BeginsWhenAllAreReady) {
+  Job job({.least = 2, .most = 2});
+  EXPECT_THAT(job.settle(), ElementsAre("2 workers start"));
+  job.rosters[0].ready(1);
+  EXPECT_THAT(job.settle(), IsEmpty());
+  EXPECT_THAT(job.ready(), ElementsAre("2 workers begin"));
+  EXPECT_EQ(job.generation().number, 0u);
+  EXPECT_TRUE(job.generation().at_once());
+  EXPECT_THAT(job.members(), ElementsAre(0, 1));
+  EXPECT_THAT(job.commit(), IsEmpty());
+}
+
+TEST(Membership, BeginsWithFewerWhenTheOthersTakeTooLong) {
+  Job job({.least = 1, .most = 3});
+  job.settle();
+  job.rosters[0].ready(2);
+  EXPECT_THAT(job.settle(), IsEmpty());
+  EXPECT_EQ(job.again, job.now + 60s);
+  EXPECT_THAT(job.later(60s), ElementsAre("1 worker begin"));
+  EXPECT_THAT(job.members(), ElementsAre(2));
+  job.commit();
+  EXPECT_THAT(job.ready(),
+              ElementsAre("2 workers join at the end of a step: going on with 3 workers"));
+}
+
+TEST(Membership, GoesOnWithFewerUntilTheReplacementJoins) {
+  Job job({.least = 2, .most = 4});
+  job.begin();
+  EXPECT_THAT(job.die(2),
+              ElementsAre("rank 2 (pid 2) killed by signal 9 (SIGKILL): going on with 3 "
+                          "workers; a replacement starts (1 of 10 restarts in 60 s)"));
+  EXPECT_THAT(job.members(), ElementsAre(0, 1, 3));
+  EXPECT_TRUE(job.generation().at_once());
+  EXPECT_EQ(job.over, 1u);
+  // It is ready before the survivors have committed a step: they are not disturbed.
+  EXPECT_THAT(job.ready(), IsEmpty());
+  EXPECT_THAT(job.commit(),
+              ElementsAre("1 worker joins at the end of a step: going on with 4 workers"));
+  EXPECT_FALSE(job.generation().at_once());
+  EXPECT_EQ(job.over, 1u);
+  EXPECT_THAT(job.members(), ElementsAre(0, 1, 3, 4));
+  EXPECT_THAT(job.commit(), IsEmpty());
+}
+
+TEST(Membership, WaitsBelowTheLeast) {
+  Job job({.least = 2, .most = 2});
+  job.begin();
+  EXPECT_THAT(
+      job.die(0),
+      ElementsAre(
+          "rank 0 (pid 0) killed by signal 9 (SIGKILL): 1 worker left and at least 2 needed, "
+          "waiting; a replacement starts (1 of 10 restarts in 60 s)"));
+  EXPECT_EQ(job.generation().number, 0u);
+  EXPECT_EQ(job.over, 1u);  // the survivor need not wait for the dead
+  EXPECT_THAT(job.ready(), ElementsAre("rank 0 (pid 0) killed by signal 9 (SIGKILL): going on with "
+                                       "2 workers, 1 of them new"));
+  EXPECT_THAT(job.members(), ElementsAre(1, 2));
+}
+
+TEST(Membership, AStandbyTakesThePlaceAtOnce) {
+  Job job({.least = 2, .most = 2, .standby = 1});
+  EXPECT_THAT(job.settle(), ElementsAre("3 workers start"));
+  job.ready();
+  EXPECT_THAT(
+      job.die(1),
+      ElementsAre("rank 1 (pid 1) killed by signal 9 (SIGKILL): going on with 2 workers, 1 of "
+                  "them new; a replacement starts (1 of 10 restarts in 60 s)"));
+  EXPECT_THAT(job.members(), ElementsAre(0, 2));
+  EXPECT_THAT(job.ready(), IsEmpty());  // the standby's successor
+  EXPECT_THAT(job.die(3), ElementsAre("a waiting worker (pid 3) killed by signal 9 (SIGKILL): a "
+                                      "replacement starts (2 of 10 restarts in 60 s)"));
+  EXPECT_EQ(job.generation().number, 1u);
+}
+
+TEST(Membership, ADyingMemberIsFencedFirst) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.rosters[0].killing(1, "made no progress for 5 s");
+  EXPECT_THAT(job.settle(),
+              ElementsAre("rank 1 (pid 1) made no progress for 5 s: waiting for the end of who is "
+                          "being killed; a replacement starts (1 of 10 restarts in 60 s)"));
+  EXPECT_EQ(job.generation().number, 0u);
+  EXPECT_THAT(job.die(1), ElementsAre("rank 1 (pid 1) made no progress for 5 s: going on with 1 "
+                                      "worker"));
+  EXPECT_THAT(job.members(), ElementsAre(0));
+}
+
+TEST(Membership, TwoDeathsAtOnceAreOneGeneration) {
+  Job job({.least = 1, .most = 4});
+  job.begin();
+  job.rosters[0].ended(0, WorkerState::failed, kKilled);
+  EXPECT_THAT(
+      job.die(3, "killed by the kernel: out of memory"),
+      ElementsAre("rank 0 (pid 0) killed by signal 9 (SIGKILL); rank 3 (pid 3) killed by the "
+                  "kernel: out of memory: going on with 2 workers; 2 replacements start (2 "
+                  "of 10 restarts in 60 s)"));
+  EXPECT_THAT(job.members(), ElementsAre(1, 2));
+}
+
+TEST(Membership, ADeathDuringRecovery) {
+  Job job({.least = 1, .most = 3});
+  job.begin();
+  job.die(0);
+  EXPECT_THAT(job.die(1),
+              ElementsAre("rank 0 (pid 1) killed by signal 9 (SIGKILL): going on with 1 "
+                          "worker; a replacement starts (2 of 10 restarts in 60 s)"));
+  EXPECT_THAT(job.members(), ElementsAre(2));
+  EXPECT_EQ(job.over, 2u);
+}
+
+TEST(Membership, RestartsAreLimitedWithinAWindow) {
+  Job job({.least = 1, .most = 2, .max_restarts = 1});
+  job.begin();
+  job.die(0);
+  job.commit();
+  job.ready();
+  job.commit();
+  EXPECT_THAT(job.die(1),
+              ElementsAre("rank 0 (pid 1) killed by signal 9 (SIGKILL): going on with 1 "
+                          "worker; no more replacement: 1 of 1 restarts in 60 s"));
+  EXPECT_EQ(job.again, job.now + 60s);
+  EXPECT_THAT(job.later(59s), IsEmpty());
+  EXPECT_THAT(job.later(1s), ElementsAre("a replacement starts (1 of 1 restarts in 60 s)"));
+}
+
+TEST(Membership, EndsBelowTheLeastWithoutRestarts) {
+  Job job({.least = 2, .most = 2, .max_restarts = 0});
+  job.begin();
+  EXPECT_THAT(job.die(1), ElementsAre("rank 1 (pid 1) killed by signal 9 (SIGKILL): 1 worker left "
+                                      "and at least 2 needed, but no restart is left: 0 of 0 "
+                                      "restarts in 60 s"));
+  ASSERT_TRUE(job.end);
+  EXPECT_FALSE(job.end->ok);
+  EXPECT_THAT(job.settle(), IsEmpty());
+}
+
+TEST(Membership, AWorkersOwnErrorEndsTheJob) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.rosters[0].ended(1, WorkerState::failed, "exited with code 2", true);
+  EXPECT_THAT(job.settle(), ElementsAre("rank 1 (pid 1) exited with code 2"));
+  ASSERT_TRUE(job.end);
+  EXPECT_FALSE(job.end->ok);
+}
+
+TEST(Membership, AReplacementsOwnErrorEndsReplacing) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.die(0);
+  job.rosters[0].ended(2, WorkerState::failed, "exited with code 2", true);
+  EXPECT_THAT(job.settle(), ElementsAre("a starting worker (pid 2) exited with code 2: no "
+                                        "replacement: a starting worker (pid 2) exited with code "
+                                        "2"));
+  EXPECT_FALSE(job.end);
+  job.die(1);
+  ASSERT_TRUE(job.end);
+  EXPECT_THAT(job.end->reason, HasSubstr("0 workers left and at least 1 needed, but to start "
+                                         "another is pointless: a starting worker"));
+}
+
+TEST(Membership, ScalesDownAndUp) {
+  Job job({.least = 1, .most = 4});
+  job.begin();
+  EXPECT_THAT(
+      job.scale(2),
+      ElementsAre("scaled from 4 to 2 workers: the last 2 ranks leave at the end of a step"));
+  EXPECT_THAT(job.members(), ElementsAre(0, 1));
+  EXPECT_FALSE(job.generation().at_once());
+  job.commit();
+  EXPECT_THAT(job.finish(2), IsEmpty());
+  EXPECT_THAT(job.finish(3), IsEmpty());
+  EXPECT_THAT(job.scale(3), ElementsAre("1 worker starts"));
+  EXPECT_THAT(job.ready(),
+              ElementsAre("1 worker joins at the end of a step: going on with 3 workers"));
+  EXPECT_THAT(job.members(), ElementsAre(0, 1, 4));
+  EXPECT_THROW(job.scale(5), ConfigError);
+  EXPECT_THROW(job.scale(0), ConfigError);
+}
+
+TEST(Membership, WhoeverStartedInVainIsEnded) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.die(1);
+  EXPECT_THAT(job.scale(1), ElementsAre("1 worker not needed any more: 1 worker at work"));
+  EXPECT_EQ(job.rosters[0].workers().size(), 2u);  // the dead member's seat is kept
+  job.commit();
+  EXPECT_EQ(job.rosters[0].workers().size(), 1u);
+}
+
+// Rank 2 is to leave and may still be at work when rank 0 dies: the next generation has it, so that
+// it does not go on with the old step behind the others' backs.
+TEST(Membership, WhoIsLeavingStaysWhenSomebodyDies) {
+  Job job({.least = 1, .most = 3});
+  job.begin();
+  job.scale(2);
+  EXPECT_THAT(job.die(0),
+              ElementsAre("rank 0 (pid 0) killed by signal 9 (SIGKILL): going on with 2 "
+                          "workers"));
+  EXPECT_THAT(job.members(), ElementsAre(1, 2));
+  EXPECT_TRUE(job.generation().at_once());
+}
+
+TEST(Membership, ADeathOfWhoIsLeaving) {
+  Job job({.least = 1, .most = 3});
+  job.begin();
+  job.scale(2);
+  EXPECT_THAT(job.die(2),
+              ElementsAre("former rank 2 (pid 2) killed by signal 9 (SIGKILL): going on "
+                          "with 2 workers"));
+  EXPECT_TRUE(job.generation().at_once());
+}
+
+TEST(Membership, ANewcomerDiesBeforeItWasTakenUp) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.die(0);
+  job.commit();
+  job.ready();
+  EXPECT_THAT(job.members(), ElementsAre(1, 2));
+  EXPECT_THAT(job.die(2),
+              ElementsAre("rank 1 (pid 2) killed by signal 9 (SIGKILL): going on with 1 "
+                          "worker; a replacement starts (2 of 10 restarts in 60 s)"));
+  EXPECT_TRUE(job.generation().at_once());
+}
+
+TEST(Membership, AFailedGroupWithoutADeath) {
+  Job job({.least = 2, .most = 2});
+  job.begin();
+  job.rosters[0].comm_error(0, 0, "all_reduce 'loss': rank 1 called barrier");
+  EXPECT_THAT(job.settle(), IsEmpty());
+  EXPECT_EQ(job.again, job.now + 1s);
+  EXPECT_THAT(
+      job.later(1s),
+      ElementsAre("rank 0 (pid 0) reported: all_reduce 'loss': rank 1 called barrier; nobody "
+                  "died within 1 s (1 of 10 restarts in 60 s): going on with 2 workers"));
+  EXPECT_THAT(job.members(), ElementsAre(0, 1));
+  job.rosters[0].comm_error(1, 1, "again");
+  job.settle();
+  EXPECT_THAT(job.later(1s),
+              ElementsAre("rank 1 (pid 1) reported: again; for the second time after "
+                          "step 1, and nobody died"));
+  EXPECT_TRUE(job.end);
+}
+
+TEST(Membership, AFailedGroupIsExplainedByADeath) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.rosters[0].comm_error(0, 0, "rank 1 is gone");
+  job.settle();
+  EXPECT_THAT(job.die(1),
+              ElementsAre(HasSubstr("going on with 1 worker; a replacement starts (1 of")));
+  EXPECT_THAT(job.later(10s), IsEmpty());
+}
+
+TEST(Membership, EndsWhenAllHaveFinished) {
+  Job job({.least = 2, .most = 2, .standby = 1});
+  job.begin();
+  EXPECT_THAT(job.finish(0), ElementsAre("1 worker not needed any more: 1 worker at work"));
+  EXPECT_FALSE(job.end);
+  EXPECT_THAT(job.finish(1), ElementsAre("all workers finished"));
+  ASSERT_TRUE(job.end);
+  EXPECT_TRUE(job.end->ok);
+}
+
+TEST(Membership, ADeathWhileOthersHaveFinished) {
+  Job job({.least = 2, .most = 2});
+  job.begin();
+  job.finish(0);
+  EXPECT_THAT(job.die(1), ElementsAre(HasSubstr("waiting; a replacement starts")));
+  EXPECT_THAT(job.ready(), ElementsAre(HasSubstr("going on with 1 worker, 1 of them new")));
+  EXPECT_THAT(job.finish(2), ElementsAre("all workers finished"));
+}
+
+TEST(Membership, NoRoom) {
+  Job job({.least = 2, .most = 2, .wait_patience = 5s}, 1, 2);
+  job.begin();
+  EXPECT_THAT(job.die(0), ElementsAre(HasSubstr("1 worker left and at least 2 needed, but no node "
+                                                "has room for another: waiting"),
+                                      HasSubstr("waiting")));
+  EXPECT_THAT(job.later(5s), ElementsAre(HasSubstr("for 5 s no node had room for another")));
+  EXPECT_TRUE(job.end);
+}
+
+TEST(Membership, OldAndDoubledReportsChangeNothing) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  const NodeReport old = job.rosters[0].report(job.now);
+  job.die(1);
+  const std::uint64_t number = job.generation().number;
+  for (int i = 0; i < 2; ++i) {
+    job.coordinator().take(old, job.now);
+    const Decision decision = job.coordinator().decide(job.now);
+    EXPECT_THAT(decision.reasons, IsEmpty());
+  }
+  EXPECT_EQ(job.generation().number, number);
+  // An old answer, too: nothing that was done is undone or done again.
+  EXPECT_EQ(job.coordinator().assignment(0).start, 3u);
+  const NodePlan plan = job.rosters[0].follow({.term = 0,
+                                               .acknowledged = 1,
+                                               .generation = nullptr,
+                                               .over = 0,
+                                               .start = 1,
+                                               .kill = {},
+                                               .end = std::nullopt});
+  EXPECT_EQ(plan.publish, nullptr);
+  EXPECT_THAT(plan.start, IsEmpty());
+  EXPECT_EQ(plan.over, 1u);
+}
+
+TEST(Membership, NodesAreLostAndTheirWorkersReplacedElsewhere) {
+  Job job({.least = 1, .most = 4, .node_timeout = 5s}, 2);
+  job.begin();
+  Roster silent = std::move(job.rosters[1]);
+  job.rosters.pop_back();
+  job.later(4s);
+  EXPECT_EQ(job.generation().number, 0u);
+  EXPECT_THAT(
+      job.later(1s),
+      ElementsAre("rank 2 (pid 100 on node 1) lost: node 1 is silent for 5 s; rank 3 (pid 101 "
+                  "on node 1) lost: node 1 is silent for 5 s: going on with 2 workers; 2 "
+                  "replacements start (2 of 10 restarts in 60 s)"));
+  job.commit();
+  EXPECT_THAT(job.ready(), ElementsAre(HasSubstr("2 workers join")));
+  // What it reports late of its workers does not bring them back.
+  job.coordinator().take(silent.report(job.now), job.now);
+  EXPECT_THAT(job.commit(), IsEmpty());
+  EXPECT_EQ(job.members().size(), 4u);
+}
+
+TEST(Membership, ACoordinatorLearnsFromReports) {
+  Job job({.least = 1, .most = 4, .node_timeout = 5s}, 2);
+  job.begin();
+  job.die(0);
+  const JobGeneration before = job.generation();
+  job.restart_the_coordinator();
+  EXPECT_THAT(job.settle(), IsEmpty());
+  job.rosters[0].ended(1, WorkerState::failed, kKilled);
+  EXPECT_THAT(job.later(3s), IsEmpty());  // it listens first
+  EXPECT_THAT(job.later(2s),
+              ElementsAre("rank 0 (pid 1 on node 0) killed by signal 9 (SIGKILL): going on with 2 "
+                          "workers; a replacement starts (1 of 10 restarts in 60 s)"));
+  EXPECT_GT(job.generation().number, before.number + 1);
+  EXPECT_EQ(job.generation().members.size(), 2u);
+}
+
+TEST(Membership, RefusesImpossibleNumbers) {
+  EXPECT_THROW(Coordinator({.least = 0, .most = 1}, {}), ConfigError);
+  EXPECT_THROW(Coordinator({.least = 3, .most = 2}, {}), ConfigError);
+  EXPECT_THROW(Coordinator({.least = 1, .most = 2, .standby = -1}, {}), ConfigError);
+}
+
+// How long a decision takes is printed; the bound only catches what is not linear.
+TEST(Membership, TenThousandWorkers) {
+  Job job({.least = 5000, .most = 10'000}, 1250);
+  job.begin();
+  ASSERT_EQ(job.members().size(), 10'000u);
+  std::vector<double> took;
+  for (std::uint64_t i = 0; i < 8; ++i) {
+    job.rosters[7].ended(i, WorkerState::failed, kKilled);
+    const NodeReport report = job.rosters[7].report(job.now);
+    const auto start = std::chrono::steady_clock::now();
+    job.coordinator().take(report, job.now);
+    const Decision decision = job.coordinator().decide(job.now);
+    const Assignment assignment = job.coordinator().assignment(7);
+    took.push_back(seconds(std::chrono::steady_clock::now() - start) * 1000);
+    ASSERT_NE(decision.published, nullptr);
+  }
+  std::sort(took.begin(), took.end());
+  std::printf("a death among 10,000 workers: decided in %.2f ms, median; %.2f ms at most\n",
+              took[took.size() / 2], took.back());
+  EXPECT_LT(took[took.size() / 2], 500);
+}
+
+}  // namespace
+}  // namespace lockstep
