@@ -8,6 +8,9 @@
 
 #include <fmt/format.h>
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <functional>
@@ -30,6 +33,17 @@ using namespace std::chrono_literals;
 struct Violation : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+// The address sanitizer wants to know of every change of the stack.
+namespace asan {
+#ifdef __SANITIZE_ADDRESS__
+inline constexpr auto start_switch = __sanitizer_start_switch_fiber;
+inline constexpr auto finish_switch = __sanitizer_finish_switch_fiber;
+#else
+inline void start_switch(void**, const void*, std::size_t) {}
+inline void finish_switch(void*, const void**, std::size_t*) {}
+#endif
+}  // namespace asan
 
 // A thread of execution that runs when resumed, until it yields. kill() unwinds it from there:
 // destructors run, but nothing of what it would still have written is.
@@ -56,7 +70,10 @@ class Fiber {
 
   void resume() {
     begun_ = true;
+    void* frames = nullptr;
+    asan::start_switch(&frames, stack_.get(), kStackBytes);
     ::swapcontext(&outside_, &inside_);
+    asan::finish_switch(frames, nullptr, nullptr);
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
   void kill() {
@@ -68,7 +85,10 @@ class Fiber {
   }
   bool done() const { return done_; }
   void yield() {  // from inside
+    void* frames = nullptr;
+    asan::start_switch(&frames, outside_stack_, outside_bytes_);
     ::swapcontext(&inside_, &outside_);
+    asan::finish_switch(frames, &outside_stack_, &outside_bytes_);
     if (killed_) throw Killed{};
   }
 
@@ -87,6 +107,7 @@ class Fiber {
   }
   static void enter(unsigned high, unsigned low) {
     auto* const self = reinterpret_cast<Fiber*>(static_cast<std::uintptr_t>(high) << 32 | low);
+    asan::finish_switch(nullptr, &self->outside_stack_, &self->outside_bytes_);
     try {
       self->body_();
     } catch (const Killed&) {
@@ -94,11 +115,14 @@ class Fiber {
       self->error_ = std::current_exception();
     }
     self->done_ = true;
+    asan::start_switch(nullptr, self->outside_stack_, self->outside_bytes_);
   }
 
   std::function<void()> body_;
   Stack stack_;
   ucontext_t inside_, outside_;
+  const void* outside_stack_ = nullptr;
+  std::size_t outside_bytes_ = 0;
   std::exception_ptr error_;
   bool begun_ = false, done_ = false, killed_ = false;
 };

@@ -14,8 +14,10 @@ namespace lockstep {
 
 struct NodePlan {
   // In this order.
-  GenerationPtr publish;            // null: nothing new. At once if JobGeneration::at_once
-  std::uint64_t over = 0;           // generations below are over, whether published or not
+  GenerationPtr publish;  // null: nothing new. At once if JobGeneration::at_once
+  // Generations below are over: waits in them end, and nobody enters one any more. May be above the
+  // newest: a member is lost, and what follows must wait for its end, or for a replacement.
+  std::uint64_t over = 0;
   std::vector<std::uint64_t> kill;  // incarnations: SIGKILL (the roster has them as dying)
   std::vector<int> reset;           // dead seats that nobody needs any more
   std::vector<int> start;           // a worker at each of these seats, then note started()
