@@ -359,6 +359,12 @@ Setup draw(std::uint64_t seed) {
   return setup;
 }
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::uint64_t kHistories = 200;
+#else
+constexpr std::uint64_t kHistories = 3000;
+#endif
+
 struct Totals {
   int histories = 0, many_nodes = 0, kills = 0, freezes = 0, partitions = 0, generations = 0;
   int gave_up = 0;
@@ -397,7 +403,7 @@ TEST(MembershipSimulation, WholeStepsAndTheRightBitsWhateverHappens) {
     return;
   }
   const char* const asked = std::getenv("LOCKSTEP_HISTORIES");
-  const std::uint64_t histories = asked != nullptr ? std::strtoull(asked, nullptr, 10) : 3000;
+  const std::uint64_t histories = asked != nullptr ? std::strtoull(asked, nullptr, 10) : kHistories;
   int failed = 0;
   for (std::uint64_t seed = 1; seed <= histories && failed < 5; ++seed) {
     try {

@@ -20,6 +20,10 @@ std::uint64_t Roster::started(int seat, int pid) {
   return incarnation;
 }
 
+void Roster::runs(std::uint64_t incarnation, int pid) {
+  if (WorkerReport* const worker = known(incarnation)) worker->pid = pid;
+}
+
 void Roster::ready(std::uint64_t incarnation) {
   WorkerReport* const worker = known(incarnation);
   if (worker != nullptr && worker->state == WorkerState::starting)

@@ -31,7 +31,8 @@ class Roster {
   Roster(int node, int seats, Clock::duration lease = Clock::duration::max());
 
   // --- What happens. Of a worker whose seat was given to another: ignored ---
-  std::uint64_t started(int seat, int pid);  // its incarnation
+  std::uint64_t started(int seat, int pid);       // its incarnation
+  void runs(std::uint64_t incarnation, int pid);  // where it was not known yet
   void ready(std::uint64_t incarnation);
   void killing(std::uint64_t incarnation, std::string cause);  // it hangs: SIGKILL is being sent
   // Its end was seen: its pidfd is readable and it is reaped. The cause of killing() goes first.

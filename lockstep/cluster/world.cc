@@ -36,7 +36,7 @@ struct World::State {
   std::map<std::string, std::span<std::byte>> lasting;
   int next_kept = 0;
 
-  bool enter_next();
+  bool enter_next(bool failed);
   bool enter(const Generation& generation);
 };
 
@@ -68,7 +68,7 @@ void World::declare_elastic() const {
 void World::join() const {
   if (state_->group) return;
   state_->events->emit({{"event", "join"}});
-  state_->enter_next();
+  state_->enter_next(false);
 }
 
 bool World::next_generation(std::string_view failure) const {
@@ -76,7 +76,7 @@ bool World::next_generation(std::string_view failure) const {
     state_->events->emit(
         {{"event", "comm_error"}, {"generation", generation()}, {"message", failure}});
   state_->group.reset();
-  return state_->enter_next();
+  return state_->enter_next(!failure.empty());
 }
 
 bool World::next_generation_is_due() const {
@@ -114,8 +114,10 @@ void World::release(const std::string& name) const {
 
 int World::claim_kept() const { return state_->next_kept++; }
 
-// False: it does not list this worker, which was a member before.
-bool World::State::enter_next() {
+// False: it does not list this worker, which was a member before. After a failure only a generation
+// that ends the old one will do: a planned one that happens to be there may leave out somebody who
+// is still at work on a step that the others would recover.
+bool World::State::enter_next(bool failed) {
   const bool was_member = place.generation != kNoGeneration;
   const Deadline deadline = was_member ? Deadline::after(group_options.timeout) : Deadline::never();
   for (;;) {
@@ -124,9 +126,11 @@ bool World::State::enter_next() {
     if (generations_published(*segment) > seen) {
       const Generation generation = *newest_generation(*segment);
       seen = generation.number + 1;
+      const std::uint64_t over = generations_over(*segment);
+      if (generation.number < over || (failed && over <= place.generation)) continue;
       if (enter(generation)) return true;
-      if (was_member && std::ranges::find(generation.seats, place.seat) == generation.seats.end())
-        return false;
+      failed = std::ranges::find(generation.seats, place.seat) != generation.seats.end();
+      if (was_member && !failed) return false;
       continue;
     }
     if (deadline.expired())

@@ -18,8 +18,9 @@ void publish(Segment& segment, const Generation& generation, bool at_once) {
     list.seats[rank].store(static_cast<std::uint16_t>(generation.seats[rank]));
   list.count.store(static_cast<std::uint32_t>(generation.seats.size()));
   list.reason.set(generation.reason);
-  board.newest.store(generation.number + 1);
+  // In this order: who sees the new generation sees that it ends the older ones.
   if (at_once) board.over.store(generation.number);
+  board.newest.store(generation.number + 1);
   segment.wake_all();
 }
 
