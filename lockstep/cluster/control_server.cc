@@ -1,0 +1,232 @@
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "lockstep/base/error.h"
+#include "lockstep/cluster/control.h"
+#include "lockstep/cluster/control_message.h"
+#include "lockstep/cluster/control_socket.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int kLingerMs = 100;
+constexpr int kBacklog = 16;
+constexpr const char* kAuthentication = "inproc://zeromq.zap.01";  // ZeroMQ's name (RFC 27)
+constexpr const char* kDomain = "lockstep";
+
+union SocketAddress {
+  sockaddr any;
+  sockaddr_in v4;
+  sockaddr_in6 v6;
+};
+
+struct Host {
+  std::string name, port;
+};
+Host split(const std::string& address) {
+  const std::size_t colon = address.rfind(':');
+  const bool bracketed = address.starts_with('[');
+  const std::size_t end = bracketed ? address.find(']') : colon;
+  if (bracketed && end != std::string::npos) {
+    if (end + 1 == address.size()) return {address.substr(1, end - 1), "0"};
+    if (end + 1 == colon) return {address.substr(1, end - 1), address.substr(colon + 1)};
+  }
+  if (colon == std::string::npos || address.find(':') != colon) return {address, "0"};
+  return {address.substr(0, colon), address.substr(colon + 1)};
+}
+
+SocketAddress resolve(const std::string& address, socklen_t& length) {
+  const auto [name, port] = split(address);
+  std::uint16_t number = 0;
+  const char* const end = port.data() + port.size();
+  const auto [stop, wrong] = std::from_chars(port.data(), end, number);
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  if (name.empty() || wrong != std::errc() || stop != end ||
+      ::getaddrinfo(name.c_str(), nullptr, &hints, &found) != 0)
+    throw ConfigError(fmt::format("control address {} is none", address),
+                      "an address of this machine: ADDR, ADDR:PORT or [ADDR]:PORT");
+  const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> owner(found, &::freeaddrinfo);
+  SocketAddress result{};
+  length = std::min<socklen_t>(found->ai_addrlen, sizeof result);
+  std::memcpy(&result, found->ai_addr, length);
+  (result.any.sa_family == AF_INET6 ? result.v6.sin6_port : result.v4.sin_port) = htons(number);
+  return result;
+}
+
+bool is_loopback(const SocketAddress& address) {
+  if (address.any.sa_family == AF_INET) return ntohl(address.v4.sin_addr.s_addr) >> 24 == 127;
+  return address.any.sa_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&address.v6.sin6_addr);
+}
+
+// Where a client on this node finds who listens there.
+std::string endpoint_of(SocketAddress address) {
+  char text[INET6_ADDRSTRLEN] = {};
+  if (address.any.sa_family == AF_INET) {
+    if (address.v4.sin_addr.s_addr == htonl(INADDR_ANY))
+      address.v4.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    ::inet_ntop(AF_INET, &address.v4.sin_addr, text, sizeof text);
+    return fmt::format("tcp://{}:{}", text, ntohs(address.v4.sin_port));
+  }
+  if (IN6_IS_ADDR_UNSPECIFIED(&address.v6.sin6_addr)) address.v6.sin6_addr = in6addr_loopback;
+  ::inet_ntop(AF_INET6, &address.v6.sin6_addr, text, sizeof text);
+  return fmt::format("tcp://[{}]:{}", text, ntohs(address.v6.sin6_port));
+}
+
+// Our own, not ZeroMQ's, so that what was checked is what is bound, and the port stays ours.
+UniqueFd listen_on(const std::string& asked, bool has_key, std::string& endpoint) {
+  socklen_t length = 0;
+  SocketAddress address = resolve(asked, length);
+  if (!is_loopback(address) && !has_key)
+    throw ConfigError(
+        fmt::format("control address {} can be reached from other machines, and there is no key",
+                    asked),
+        "lockstep key FILE makes one; give it with --key-file FILE");
+  UniqueFd fd(::socket(address.any.sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  const int yes = 1;
+  if (fd) ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+  if (!fd || ::bind(fd.get(), &address.any, length) != 0 || ::listen(fd.get(), kBacklog) != 0 ||
+      ::getsockname(fd.get(), &address.any, &(length = sizeof address)) != 0)
+    throw ConfigError(fmt::format("control address {}: {}", asked, errno_text(errno)),
+                      "another port, or an address of this machine");
+  endpoint = endpoint_of(address);
+  return fd;
+}
+
+std::string decoded(const std::string& key) {
+  std::string bytes(32, '\0');
+  LOCKSTEP_CHECK(is_curve_key(key) &&
+                 ::zmq_z85_decode(reinterpret_cast<std::uint8_t*>(bytes.data()), key.c_str()));
+  return bytes;
+}
+
+std::string reply_to(const std::string& text,
+                     const std::function<nlohmann::json(const ControlRequest&)>& answer) {
+  ControlReply reply;
+  try {
+    const ControlRequest request = parse_request(text);
+    reply.id = request.id;
+    reply.result = answer(request);
+  } catch (const std::exception& error) {
+    reply.error = *error.what() != '\0' ? error.what() : "unknown error";
+    reply.bad_input = dynamic_cast<const ConfigError*>(&error) != nullptr;
+  }
+  std::string encoded = encode(reply);
+  if (encoded.size() <= kMaxControlBytes) return encoded;
+  reply.error = "the answer is too long";
+  return encode(reply);
+}
+
+}  // namespace
+
+struct ControlServer::State {
+  explicit State(const ControlServerOptions& options);
+  void listen();
+  void admit();
+  void limit_connections();
+
+  ControlKey key;
+  int most_connections;
+  std::string client_key;  // 32 bytes
+  std::string endpoint;
+  UniqueFd listener;
+  MonitoredSocket channel;  // a ROUTER: its messages begin with who they are from or for
+  zmq::socket_t authentication;
+  std::string bound;          // ZeroMQ's name of where it listens
+  std::set<int> connections;  // their descriptors
+};
+
+ControlServer::State::State(const ControlServerOptions& options)
+    : key(options.key ? *options.key : make_control_key()),
+      most_connections(options.most_connections),
+      client_key(decoded(key.client.public_key)),
+      listener(listen_on(options.address, options.key.has_value(), endpoint)),
+      channel(zmq::socket_type::router, ZMQ_EVENT_ACCEPTED | ZMQ_EVENT_DISCONNECTED, kLingerMs),
+      authentication(channel.context, zmq::socket_type::rep) {
+  authentication.set(zmq::sockopt::linger, 0);
+  // Before anybody can connect: where nothing is bound, ZeroMQ lets everybody in who knows the
+  // server's public key.
+  authentication.bind(kAuthentication);
+  channel.watch(authentication);
+  channel.socket.set(zmq::sockopt::curve_server, 1);
+  channel.socket.set(zmq::sockopt::curve_secretkey, key.server.secret_key);
+  channel.socket.set(zmq::sockopt::zap_domain, kDomain);
+  listen();
+}
+
+void ControlServer::State::listen() {
+  const int fd = ::fcntl(listener.get(), F_DUPFD_CLOEXEC, 3);
+  if (fd < 0) throw Error("control channel: " + errno_text(errno));
+  channel.socket.set(zmq::sockopt::use_fd, fd);  // ZeroMQ's from here
+  channel.socket.bind(endpoint);
+  bound = channel.socket.get(zmq::sockopt::last_endpoint);
+}
+
+// Who has not shown the key holds a descriptor of ours for as long as a handshake may take. To
+// stop listening ends all connections that came that way.
+void ControlServer::State::limit_connections() {
+  for (const auto& [kind, number] : channel.events()) {
+    if (kind == ZMQ_EVENT_ACCEPTED)
+      connections.insert(number);
+    else
+      connections.erase(number);
+  }
+  if (static_cast<int>(connections.size()) <= most_connections) return;
+  channel.socket.unbind(bound);
+  connections.clear();
+  listen();
+}
+
+// ZeroMQ asks about each client whose handshake is right so far (ZAP, RFC 27): version, id, domain,
+// address, routing id, mechanism, public key. Without an answer it does not let it in.
+void ControlServer::State::admit() {
+  while (readable(authentication)) {
+    const std::vector<std::string> ask = receive(authentication);
+    if (ask.empty()) return;
+    const bool ours = ask.size() == 7 && ask[0] == "1.0" && ask[2] == kDomain &&
+                      ask[5] == "CURVE" && ask[6] == client_key;
+    send(authentication, {"1.0", ask.size() > 1 ? ask[1] : "", ours ? "200" : "400",
+                          ours ? "OK" : "another key", "", ""});
+  }
+}
+
+ControlServer::ControlServer(const ControlServerOptions& options) {
+  try {
+    state_ = std::make_unique<State>(options);
+  } catch (const zmq::error_t& error) {
+    throw Error(fmt::format("no control channel at {}: {}", options.address, error.what()));
+  }
+}
+ControlServer::~ControlServer() = default;
+
+const ControlKey& ControlServer::key() const { return state_->key; }
+const std::string& ControlServer::endpoint() const { return state_->endpoint; }
+int ControlServer::fd() const { return state_->channel.fd(); }
+
+void ControlServer::handle(const std::function<nlohmann::json(const ControlRequest&)>& answer) {
+  try {
+    state_->limit_connections();
+    state_->admit();
+    zmq::socket_t& socket = state_->channel.socket;
+    while (readable(socket)) {
+      const std::vector<std::string> message = receive(socket);
+      if (message.size() == 2) send(socket, {message[0], reply_to(message[1], answer)});
+    }
+  } catch (const zmq::error_t& error) {
+    throw Error(fmt::format("control channel {}: {}", state_->endpoint, error.what()));
+  }
+}
+
+}  // namespace lockstep
