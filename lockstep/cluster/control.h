@@ -25,7 +25,7 @@ struct ControlRequest;
 struct ControlReply;
 
 struct ControlServerOptions {
-  std::string address = "127.0.0.1";  // ADDR, ADDR:PORT or [ADDR]:PORT; without a port: a free one
+  std::string address = "127.0.0.1";  // ADDR or ADDR:PORT (IPv4); without a port: a free one
   // Known beforehand; none: made for this server, which then listens on loopback only.
   std::optional<ControlKey> key = {};
   // Connections at once, with and without the key. One more, and all are dropped: those with the

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "lockstep/base/error.h"
+#include "lockstep/cluster/console.h"
 #include "lockstep/cluster/control.h"
 #include "lockstep/cluster/control_message.h"
 #include "lockstep/cluster/control_socket.h"
@@ -20,12 +21,6 @@ constexpr int kBrokenHandshakes = 5;
 constexpr int kWatched = ZMQ_EVENT_CONNECTED | ZMQ_EVENT_CLOSED | ZMQ_EVENT_DISCONNECTED |
                          ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL |
                          ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL | ZMQ_EVENT_HANDSHAKE_FAILED_AUTH;
-
-void wait_readable(int fd, Clock::duration timeout) {
-  const auto left = std::chrono::ceil<std::chrono::milliseconds>(timeout).count();
-  pollfd watched{fd, POLLIN, 0};
-  ::poll(&watched, 1, static_cast<int>(std::min<long long>(left, 1 << 30)));
-}
 
 nlohmann::json result_of(ControlReply reply) {
   if (reply.error.empty()) return std::move(reply.result);
@@ -49,7 +44,6 @@ struct ControlClient::State {
 ControlClient::State::State(const ControlTarget& target)
     : endpoint(target.endpoint), channel(zmq::socket_type::dealer, kWatched, 0) {
   zmq::socket_t& socket = channel.socket;
-  socket.set(zmq::sockopt::ipv6, endpoint.find('[') != std::string::npos);
   socket.set(zmq::sockopt::immediate, true);  // nothing is kept for a connection to come
   socket.set(zmq::sockopt::reconnect_ivl, kReconnectMs);
   socket.set(zmq::sockopt::reconnect_ivl_max, kLongestReconnectMs);
@@ -127,7 +121,8 @@ nlohmann::json ControlClient::request(const std::string& action, const nlohmann:
       throw CommError(fmt::format("no answer to '{}' from {} in time ({})", action,
                                   state_->endpoint, state_->condition));
     const Clock::duration pause = resend.expired() ? kRetry : resend.remaining();
-    wait_readable(fd(), std::min(deadline.remaining(), pause));
+    pollfd watched{fd(), POLLIN, 0};
+    ::poll(&watched, 1, poll_timeout_ms(Deadline::after(std::min(deadline.remaining(), pause))));
   }
 }
 

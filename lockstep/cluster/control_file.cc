@@ -45,7 +45,7 @@ bool is_job_id(std::string_view id) {
 // The channel is TCP alone; ZeroMQ knows other transports, which would open files.
 bool is_endpoint(std::string_view text) {
   return text.starts_with("tcp://") && text.size() <= 128 &&
-         text.find_first_not_of("0123456789abcdefABCDEF.:[]", 6) == std::string_view::npos;
+         text.find_first_not_of("0123456789.:", 6) == std::string_view::npos;
 }
 
 }  // namespace

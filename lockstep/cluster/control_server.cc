@@ -6,7 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
@@ -26,82 +26,48 @@ constexpr int kBacklog = 16;
 constexpr const char* kAuthentication = "inproc://zeromq.zap.01";  // ZeroMQ's name (RFC 27)
 constexpr const char* kDomain = "lockstep";
 
-union SocketAddress {
-  sockaddr any;
-  sockaddr_in v4;
-  sockaddr_in6 v6;
-};
-
-struct Host {
-  std::string name, port;
-};
-Host split(const std::string& address) {
-  const std::size_t colon = address.rfind(':');
-  const bool bracketed = address.starts_with('[');
-  const std::size_t end = bracketed ? address.find(']') : colon;
-  if (bracketed && end != std::string::npos) {
-    if (end + 1 == address.size()) return {address.substr(1, end - 1), "0"};
-    if (end + 1 == colon) return {address.substr(1, end - 1), address.substr(colon + 1)};
-  }
-  if (colon == std::string::npos || address.find(':') != colon) return {address, "0"};
-  return {address.substr(0, colon), address.substr(colon + 1)};
-}
-
-SocketAddress resolve(const std::string& address, socklen_t& length) {
-  const auto [name, port] = split(address);
+sockaddr_in resolve(const std::string& address) {
+  const std::size_t colon = address.find(':');
+  const std::string name = address.substr(0, colon);
+  const std::string port = colon == std::string::npos ? "0" : address.substr(colon + 1);
   std::uint16_t number = 0;
   const char* const end = port.data() + port.size();
   const auto [stop, wrong] = std::from_chars(port.data(), end, number);
   addrinfo hints{}, *found = nullptr;
-  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_family = AF_INET;
   if (name.empty() || wrong != std::errc() || stop != end ||
       ::getaddrinfo(name.c_str(), nullptr, &hints, &found) != 0)
     throw ConfigError(fmt::format("control address {} is none", address),
-                      "an address of this machine: ADDR, ADDR:PORT or [ADDR]:PORT");
-  const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> owner(found, &::freeaddrinfo);
-  SocketAddress result{};
-  length = std::min<socklen_t>(found->ai_addrlen, sizeof result);
-  std::memcpy(&result, found->ai_addr, length);
-  (result.any.sa_family == AF_INET6 ? result.v6.sin6_port : result.v4.sin_port) = htons(number);
+                      "an IPv4 address or name of this machine, ADDR or ADDR:PORT");
+  sockaddr_in result{};
+  std::memcpy(&result, found->ai_addr, sizeof result);
+  ::freeaddrinfo(found);
+  result.sin_port = htons(number);
   return result;
-}
-
-bool is_loopback(const SocketAddress& address) {
-  if (address.any.sa_family == AF_INET) return ntohl(address.v4.sin_addr.s_addr) >> 24 == 127;
-  return address.any.sa_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&address.v6.sin6_addr);
-}
-
-// Where a client on this node finds who listens there.
-std::string endpoint_of(SocketAddress address) {
-  char text[INET6_ADDRSTRLEN] = {};
-  if (address.any.sa_family == AF_INET) {
-    if (address.v4.sin_addr.s_addr == htonl(INADDR_ANY))
-      address.v4.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    ::inet_ntop(AF_INET, &address.v4.sin_addr, text, sizeof text);
-    return fmt::format("tcp://{}:{}", text, ntohs(address.v4.sin_port));
-  }
-  if (IN6_IS_ADDR_UNSPECIFIED(&address.v6.sin6_addr)) address.v6.sin6_addr = in6addr_loopback;
-  ::inet_ntop(AF_INET6, &address.v6.sin6_addr, text, sizeof text);
-  return fmt::format("tcp://[{}]:{}", text, ntohs(address.v6.sin6_port));
 }
 
 // Our own, not ZeroMQ's, so that what was checked is what is bound, and the port stays ours.
 UniqueFd listen_on(const std::string& asked, bool has_key, std::string& endpoint) {
-  socklen_t length = 0;
-  SocketAddress address = resolve(asked, length);
-  if (!is_loopback(address) && !has_key)
+  sockaddr_in address = resolve(asked);
+  if (ntohl(address.sin_addr.s_addr) >> 24 != IN_LOOPBACKNET && !has_key)
     throw ConfigError(
         fmt::format("control address {} can be reached from other machines, and there is no key",
                     asked),
         "lockstep key FILE makes one; give it with --key-file FILE");
-  UniqueFd fd(::socket(address.any.sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   const int yes = 1;
-  if (fd) ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-  if (!fd || ::bind(fd.get(), &address.any, length) != 0 || ::listen(fd.get(), kBacklog) != 0 ||
-      ::getsockname(fd.get(), &address.any, &(length = sizeof address)) != 0)
+  socklen_t length = sizeof address;
+  auto* const any = reinterpret_cast<sockaddr*>(&address);
+  if (!fd || ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes) != 0 ||
+      ::bind(fd.get(), any, length) != 0 || ::listen(fd.get(), kBacklog) != 0 ||
+      ::getsockname(fd.get(), any, &length) != 0)
     throw ConfigError(fmt::format("control address {}: {}", asked, errno_text(errno)),
                       "another port, or an address of this machine");
-  endpoint = endpoint_of(address);
+  const bool everywhere = address.sin_addr.s_addr == htonl(INADDR_ANY);
+  std::array<char, INET_ADDRSTRLEN> text{};
+  ::inet_ntop(AF_INET, &address.sin_addr, text.data(), text.size());
+  endpoint =
+      fmt::format("tcp://{}:{}", everywhere ? "127.0.0.1" : text.data(), ntohs(address.sin_port));
   return fd;
 }
 
@@ -134,6 +100,7 @@ std::string reply_to(const std::string& text,
 struct ControlServer::State {
   explicit State(const ControlServerOptions& options);
   void listen();
+  bool reserve();
   void admit();
   void limit_connections();
 
@@ -141,7 +108,7 @@ struct ControlServer::State {
   int most_connections;
   std::string client_key;  // 32 bytes
   std::string endpoint;
-  UniqueFd listener;
+  UniqueFd listener, next;  // one socket; what ZeroMQ listens with the next time
   MonitoredSocket channel;  // a ROUTER: its messages begin with who they are from or for
   zmq::socket_t authentication;
   std::string bound;          // ZeroMQ's name of where it listens
@@ -163,15 +130,21 @@ ControlServer::State::State(const ControlServerOptions& options)
   channel.socket.set(zmq::sockopt::curve_server, 1);
   channel.socket.set(zmq::sockopt::curve_secretkey, key.server.secret_key);
   channel.socket.set(zmq::sockopt::zap_domain, kDomain);
+  if (!reserve()) throw Error("no control channel: " + errno_text(errno));
   listen();
 }
 
 void ControlServer::State::listen() {
-  const int fd = ::fcntl(listener.get(), F_DUPFD_CLOEXEC, 3);
-  if (fd < 0) throw Error("control channel: " + errno_text(errno));
-  channel.socket.set(zmq::sockopt::use_fd, fd);  // ZeroMQ's from here
+  channel.socket.set(zmq::sockopt::use_fd, next.release());  // ZeroMQ's from here
   channel.socket.bind(endpoint);
   bound = channel.socket.get(zmq::sockopt::last_endpoint);
+  reserve();
+}
+
+// Where connections have taken all descriptors there would be none to go on with.
+bool ControlServer::State::reserve() {
+  if (!next) next = UniqueFd(::fcntl(listener.get(), F_DUPFD_CLOEXEC, 3));
+  return static_cast<bool>(next);
 }
 
 // Who has not shown the key holds a descriptor of ours for as long as a handshake may take. To
@@ -183,7 +156,7 @@ void ControlServer::State::limit_connections() {
     else
       connections.erase(number);
   }
-  if (static_cast<int>(connections.size()) <= most_connections) return;
+  if (static_cast<int>(connections.size()) <= most_connections || !reserve()) return;
   channel.socket.unbind(bound);
   connections.clear();
   listen();

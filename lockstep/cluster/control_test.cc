@@ -320,11 +320,11 @@ TEST(Control, Addresses) {
   const auto refusal = [](const std::string& address) {
     return message_of<ConfigError>([&] { ControlServer server({.address = address}); });
   };
-  for (const char* address : {"0.0.0.0", "[::]", "::", "192.0.2.1:80"})
+  for (const char* address : {"0.0.0.0", "192.0.2.1:80"})
     EXPECT_THAT(refusal(address), AllOf(HasSubstr("there is no key"), HasSubstr("--key-file")));
-  for (const char* address : {"", ":", ":80", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999",
-                              "[::1", "[::1]80", "[]:80", "300.0.0.1"})
-    EXPECT_THAT(refusal(address), HasSubstr("hint: an address")) << address;
+  for (const char* address : {"", ":", ":80", "::1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:-1",
+                              "127.0.0.1:99999", "127.0.0.1:1:2", "300.0.0.1"})
+    EXPECT_THAT(refusal(address), HasSubstr("hint: an IPv4 address")) << address;
   const ControlKey key = make_control_key();
   EXPECT_THAT(
       message_of<ConfigError>([&] { ControlServer server({.address = "192.0.2.1", .key = key}); }),

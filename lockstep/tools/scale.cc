@@ -113,13 +113,12 @@ Job::Job(const std::string& name)
 
 void Job::wait_for_end(const Deadline& deadline) const {
   const UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, entry_.pid, 0)));
-  while (process && process_state(entry_.pid, entry_.process_start) != ProcessState::dead) {
-    if (deadline.expired())
+  pollfd watched{process.get(), POLLIN, 0};
+  while (process_state(entry_.pid, entry_.process_start) != ProcessState::dead) {
+    if (!process || deadline.expired())
       throw Error(
           fmt::format("the job {} was asked to stop and still runs (pid {})", name_, entry_.pid));
-    pollfd watched{process.get(), POLLIN, 0};
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline.remaining()).count();
-    ::poll(&watched, 1, static_cast<int>(std::min<long long>(left, 1000)));
+    ::poll(&watched, 1, poll_timeout_ms(deadline));
   }
 }
 
