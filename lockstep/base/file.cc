@@ -51,10 +51,10 @@ class TemporaryFile {
  public:
   // Opens PATH.tmp-PID-N for the first free N: never touches a file that exists. Mode as the umask
   // says, unlike mkstemp's 0600.
-  explicit TemporaryFile(const fs::path& target) {
+  TemporaryFile(const fs::path& target, unsigned mode) {
     for (int n = 0; n < 1000; ++n) {
       name_ = target.string() + ".tmp-" + std::to_string(::getpid()) + "-" + std::to_string(n);
-      fd_ = UniqueFd(::open(name_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+      fd_ = UniqueFd(::open(name_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode));
       if (fd_ || errno != EEXIST) break;
     }
     if (!fd_) throw cannot("write", target, errno);
@@ -91,8 +91,8 @@ std::vector<std::byte> read_file(const fs::path& path) {
 std::string read_text_file(const fs::path& path) { return read_whole<std::string>(path); }
 
 void write_file_atomically(const fs::path& path,
-                           std::span<const std::span<const std::byte>> pieces) {
-  TemporaryFile temporary(path);
+                           std::span<const std::span<const std::byte>> pieces, unsigned mode) {
+  TemporaryFile temporary(path, mode);
   for (const auto piece : pieces)
     if (const int error = write_all(temporary.fd(), piece)) throw cannot("write", path, error);
   if (::fsync(temporary.fd()) != 0) throw cannot("write", path, errno);
@@ -106,9 +106,9 @@ void sync_folder(const fs::path& folder) {
   if (fd && ::fsync(fd.get()) != 0 && errno != EINVAL) throw cannot("write", path, errno);
 }
 
-void write_file_atomically(const fs::path& path, std::string_view text) {
+void write_file_atomically(const fs::path& path, std::string_view text, unsigned mode) {
   const std::array<std::span<const std::byte>, 1> pieces{as_byte_span(text)};
-  write_file_atomically(path, pieces);
+  write_file_atomically(path, pieces, mode);
 }
 
 int write_all(int fd, std::span<const std::byte> bytes) {

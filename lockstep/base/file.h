@@ -37,10 +37,12 @@ std::string read_text_file(const std::filesystem::path& path);
 
 // Writes to a temporary file beside PATH, syncs it, renames it over PATH and syncs the folder: PATH
 // holds the old or the new content, never part of one. On failure removes the temporary file and
-// throws Error("cannot write PATH: …").
+// throws Error("cannot write PATH: …"). The mode is cut by the umask.
 void write_file_atomically(const std::filesystem::path& path,
-                           std::span<const std::span<const std::byte>> pieces);
-void write_file_atomically(const std::filesystem::path& path, std::string_view text);
+                           std::span<const std::span<const std::byte>> pieces,
+                           unsigned mode = 0666);
+void write_file_atomically(const std::filesystem::path& path, std::string_view text,
+                           unsigned mode = 0666);
 
 // Makes what was created in, renamed in or removed from a folder durable. A folder that may be
 // written but not read can't be synced, which is no failure. Throws Error.

@@ -27,6 +27,10 @@ int run_command(const std::vector<std::string>& arguments, const Start& start);
 int train_command(const std::vector<std::string>& arguments, const Start& start);
 int predict_command(const std::vector<std::string>& arguments, const Start& start);
 int bench_command(const std::vector<std::string>& arguments, const Start& start);
+int scale_command(const std::vector<std::string>& arguments, const Start& start);
+int status_command(const std::vector<std::string>& arguments, const Start& start);
+int stop_command(const std::vector<std::string>& arguments, const Start& start);
+int key_command(const std::vector<std::string>& arguments, const Start& start);
 
 // A signal ended the command from outside. Exit code 128 + signal.
 class Interrupted : public Error {

@@ -24,6 +24,10 @@ constexpr std::array kCommands = {
     Command{"train", "train a recipe or a job file on several workers", train_command},
     Command{"predict", "apply a trained model to data, split over workers", predict_command},
     Command{"run", "start a program of your own on several workers, as torchrun does", run_command},
+    Command{"scale", "change the number of workers of a running job; list the jobs", scale_command},
+    Command{"status", "say what a running job does", status_command},
+    Command{"stop", "have a running job finish its step, save and end", stop_command},
+    Command{"key", "make a key for the control of jobs from other machines", key_command},
     Command{"bench", "time collectives, or training, on this machine", bench_command},
 };
 

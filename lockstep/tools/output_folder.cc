@@ -20,7 +20,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::array kRunFiles = {"job.toml",          "report.json",          "metrics.jsonl",
-                                  "model.safetensors", "flight_recorder.json", "checkpoints"};
+                                  "model.safetensors", "flight_recorder.json", "checkpoints",
+                                  "control.json"};
 
 bool belongs_to_a_run(const fs::path& name) {
   return std::find(kRunFiles.begin(), kRunFiles.end(), name) != kRunFiles.end() ||
