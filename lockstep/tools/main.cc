@@ -24,6 +24,7 @@ constexpr std::array kCommands = {
     Command{"train", "train a recipe or a job file on several workers", train_command},
     Command{"predict", "apply a trained model to data, split over workers", predict_command},
     Command{"run", "start a program of your own on several workers, as torchrun does", run_command},
+    Command{"report", "make one page of what a run's folder holds", report_command},
     Command{"bench", "time collectives, or training, on this machine", bench_command},
 };
 
