@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -18,6 +20,7 @@
 namespace lockstep {
 namespace {
 
+constexpr std::array kNotInHistory = {"step", "epoch", "snapshot", "rank"};
 constexpr std::string_view kClearLine = "\r\x1b[K";
 
 std::string host_name() {
@@ -60,7 +63,8 @@ struct RunLog::State {
   RunLogOptions options;
   RunRecord run;
   bool bar_shown = false;
-  std::optional<AppendFile> metrics, board;
+  std::optional<AppendFile> metrics, board, history;
+  std::string early_history;  // until the files are made
 
   void print(const std::string& text) {
     if (!options.quiet) options.print(text);
@@ -86,11 +90,26 @@ struct RunLog::State {
     board->append(as_byte_span(tensorboard_header(wall_time())));
     if (options.resume)
       board->append(as_byte_span(tensorboard_start(wall_time(), run.resumed_step + 1)));
+    history.emplace(options.output / kHistoryFile, std::filesystem::path(), options.resume);
+    // An agent that was killed may have left a line without an end.
+    if (options.resume) early_history.insert(0, "\n");
+    history->append(as_byte_span(std::exchange(early_history, "")));
     clear_bar();
     print(describe_start(run));
   }
+  // What happened, for `lockstep report`; metrics.jsonl has the rest.
+  void remember(int rank, nlohmann::json event) {
+    event["time"] = wall_time();
+    event["from"] = rank;
+    if (history)
+      history->append(as_byte_span(as_line(event)));
+    else
+      early_history += as_line(event);
+  }
   void log_scalars(const nlohmann::json& event, bool epoch) {
-    metrics->append(as_byte_span(as_line(event)));
+    nlohmann::json stamped = event;
+    stamped["time"] = wall_time();
+    metrics->append(as_byte_span(as_line(stamped)));
     Scalars scalars;
     const auto add = [&](const char* tag, const char* member) {
       if (event.contains(member)) scalars.emplace_back(tag, number_in(event, member));
@@ -111,6 +130,10 @@ RunLog::RunLog(RunLogOptions options) : state_(std::make_unique<State>()) {
   state_->run.workers = options.workers;
   state_->run.start_clock = options.start_clock;
   state_->options = std::move(options);
+  state_->remember(-1, {{"event", "run"},
+                        {"title", state_->run.title},
+                        {"workers", state_->run.workers},
+                        {"started", state_->options.start_time}});
   state_->draw_bar();
 }
 
@@ -121,6 +144,8 @@ bool RunLog::files_made() const { return state_->board.has_value(); }
 void RunLog::on_event(int rank, const nlohmann::json& event) {
   State& state = *state_;
   const std::string& kind = event.at("event").get_ref<const std::string&>();
+  if (std::find(kNotInHistory.begin(), kNotInHistory.end(), kind) == kNotInHistory.end())
+    state.remember(rank, event);
   if (kind == "ready" && files_made()) {
     // Another generation: an epoch's end may not have been told by the one before.
     if (event.contains("resumed"))
@@ -154,6 +179,7 @@ void RunLog::finish(const std::string& weights_sha256,
   const std::filesystem::path path = state.options.output / "report.json";
   write_report(path, report);
   if (!state.options.report_copy.empty()) write_report(state.options.report_copy, report);
+  state.remember(-1, {{"event", "end"}, {"failed", ""}});
   state.clear_bar();
   state.print(closing_tables(state.run, state.total_s()));
   std::vector<std::filesystem::path> written = files;
@@ -176,6 +202,7 @@ void RunLog::fail(const std::string& reason, const std::string& weights_sha256) 
   report["failed"] = reason;
   try {
     write_report(state.options.output / "report.json", report);
+    state.remember(-1, {{"event", "end"}, {"failed", reason}});
   } catch (const Error&) {  // the disk that is full may be why the run failed
   }
 }

@@ -1,6 +1,6 @@
 // What a person and their tools see of a run, written by the agent: progress on the terminal,
-// metrics.jsonl, TensorBoard event files, report.json, the closing table. Fed with the workers'
-// events (event.h). One thread.
+// metrics.jsonl, events.jsonl, TensorBoard event files, report.json, the closing table. Fed with
+// the workers' events (event.h). One thread.
 #pragma once
 
 #include <filesystem>
@@ -12,6 +12,10 @@
 #include <vector>
 
 namespace lockstep {
+
+// The events that metrics.jsonl does not have, one a line, each with `time` (since 1970, seconds)
+// and `from` (the rank; -1: the agent). Runs that were resumed go on in it.
+inline constexpr const char* kHistoryFile = "events.jsonl";
 
 struct RunLogOptions {
   std::filesystem::path output;       // a folder; must exist when the last worker is ready

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
@@ -176,11 +177,39 @@ TEST_F(RunLogTest, AFileThatCannotBeMadeIsNamed) {
   }
 }
 
+// What metrics.jsonl has not, from the program's start on, each with its time and whom it is from.
+TEST_F(RunLogTest, TheHistory) {
+  RunLog log(options());
+  log.on_event(-1, {{"event", "worker"}, {"seat", 0}, {"state", "starting"}});
+  EXPECT_FALSE(fs::exists(folder_ / kHistoryFile));
+  train(log);
+  log.on_event(1, {{"event", "message"}, {"text", "\xff"}});
+  log.on_event(1, {{"event", "rank"},
+                   {"rank", 1},
+                   {"seconds", json::object()},
+                   {"total_s", 1.0},
+                   {"cpu_s", 1.0},
+                   {"peak_memory_bytes", 5}});
+  log.fail("it broke", "");
+  std::istringstream lines(read_text_file(folder_ / kHistoryFile));
+  std::vector<std::pair<int, std::string>> found;
+  for (std::string line; std::getline(lines, line);) {
+    const json event = json::parse(line);
+    EXPECT_EQ(event.at("time"), 1700000007.0);
+    found.emplace_back(event.at("from"), event.at("event"));
+  }
+  using Row = std::pair<int, std::string>;
+  EXPECT_THAT(found, testing::ElementsAre(Row{-1, "run"}, Row{-1, "worker"}, Row{0, "ready"},
+                                          Row{0, "first_step"}, Row{0, "message"},
+                                          Row{0, "finished"}, Row{1, "message"}, Row{-1, "end"}));
+}
+
 // The checkpoint of step 3 knows epoch 1; a line of it is missing, one of step 4 is there.
 TEST_F(RunLogTest, AResumedRunGoesOnWithItsFiles) {
   const json epoch = {{"event", "epoch"},  {"epoch", 1},       {"step", 2},
                       {"train_loss", 0.5}, {"grad_norm", 1.0}, {"lr", 0.1},
                       {"samples", 40},     {"seconds", 4.0},   {"eval_seconds", 0.0}};
+  write_file_atomically(folder_ / kHistoryFile, "{\"event\":\"run\"}\n{\"event\":\"wo");
   write_file_atomically(folder_ / "metrics.jsonl",
                         "{\"event\":\"step\",\"step\":1}\n{\"event\":\"step\",\"step\":3}\n"
                         "{\"event\":\"step\",\"step\":4}\n{\"event\":\"st");
@@ -199,9 +228,12 @@ TEST_F(RunLogTest, AResumedRunGoesOnWithItsFiles) {
   log.on_event(0, second);
   log.on_event(0, {{"event", "finished"}, {"reason", "2 epochs"}, {"epochs", 2}, {"steps", 4}});
   log.finish("sum", {});
+  second["time"] = 1700000007.0;
   EXPECT_EQ(read_text_file(folder_ / "metrics.jsonl"),
             "{\"event\":\"step\",\"step\":1}\n" + epoch.dump() +
                 "\n{\"event\":\"step\",\"step\":3}\n" + second.dump() + "\n");
+  EXPECT_THAT(read_text_file(folder_ / kHistoryFile),
+              testing::StartsWith("{\"event\":\"run\"}\n{\"event\":\"wo\n{\"event\":\"run\","));
   EXPECT_EQ(report().at("resumed_step"), 3);
   ASSERT_EQ(report().at("epochs").size(), 2u);
   EXPECT_EQ(report().at("epochs")[1].at("samples_per_s"), 10.0);

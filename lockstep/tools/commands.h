@@ -26,6 +26,7 @@ struct Start {
 int run_command(const std::vector<std::string>& arguments, const Start& start);
 int train_command(const std::vector<std::string>& arguments, const Start& start);
 int predict_command(const std::vector<std::string>& arguments, const Start& start);
+int report_command(const std::vector<std::string>& arguments, const Start& start);
 int bench_command(const std::vector<std::string>& arguments, const Start& start);
 int scale_command(const std::vector<std::string>& arguments, const Start& start);
 int status_command(const std::vector<std::string>& arguments, const Start& start);

@@ -28,6 +28,7 @@ constexpr std::array kCommands = {
     Command{"status", "say what a running job does", status_command},
     Command{"stop", "have a running job finish its step, save and end", stop_command},
     Command{"key", "make a key for the control of jobs from other machines", key_command},
+    Command{"report", "make one page of what a run's folder holds", report_command},
     Command{"bench", "time collectives, or training, on this machine", bench_command},
 };
 

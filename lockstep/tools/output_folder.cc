@@ -13,6 +13,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
 #include "lockstep/observe/append_file.h"
+#include "lockstep/observe/run_log.h"
 
 namespace lockstep {
 namespace {
@@ -20,8 +21,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::array kRunFiles = {"job.toml",          "report.json",          "metrics.jsonl",
-                                  "model.safetensors", "flight_recorder.json", "checkpoints",
-                                  "control.json"};
+                                  kHistoryFile,        "report.html",          "control.json",
+                                  "model.safetensors", "flight_recorder.json", "checkpoints"};
 
 bool belongs_to_a_run(const fs::path& name) {
   return std::find(kRunFiles.begin(), kRunFiles.end(), name) != kRunFiles.end() ||

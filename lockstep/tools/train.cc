@@ -10,7 +10,9 @@
 #include "lockstep/base/file.h"
 #include "lockstep/job/job.h"
 #include "lockstep/observe/run_log.h"
+#include "lockstep/observe/status.h"
 #include "lockstep/tools/commands.h"
+#include "lockstep/tools/dashboard.h"
 #include "lockstep/tools/job_workers.h"
 #include "lockstep/tools/output_folder.h"
 #include "lockstep/tools/snapshot_saver.h"
@@ -21,7 +23,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct TrainFlags {
-  std::string name, workers, threads, epochs, data, output, report, resume;
+  std::string name, workers, threads, epochs, data, output, report, resume, dashboard;
   std::vector<std::string> settings;
   bool quiet = false, overwrite = false;
 };
@@ -41,6 +43,8 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--resume", flags.resume,
                  "go on with the run in this output folder, from its last checkpoint");
   app.add_option("--report", flags.report, "a second copy of report.json");
+  app.add_option("--dashboard", flags.dashboard,
+                 "serve a live status page on this port of 127.0.0.1; 0: a free one, printed");
   app.add_flag("--quiet", flags.quiet, "print nothing");
   app.add_flag("--overwrite", flags.overwrite, "replace the run in the output folder");
 }
@@ -105,12 +109,42 @@ OutputFolder folder_for(const Job& job, const TrainFlags& flags) {
                       : OutputFolder::at(path, flags.overwrite);
 }
 
+// The status page of a job that goes on.
+struct Page {
+  Status status;
+  Dashboard dashboard;
+  Start start;
+
+  void take(int rank, const nlohmann::json& event) { status.on_event(rank, event, now()); }
+  void tick() {
+    if (dashboard.wants_snapshot()) dashboard.publish(status.json(now()));
+  }
+  double now() const { return start.time + monotonic_seconds() - start.clock; }
+};
+
+std::unique_ptr<Page> page_for(const Job& job, const TrainFlags& flags, const fs::path& folder,
+                               const Start& start) {
+  if (flags.dashboard.empty()) return nullptr;
+  std::unique_ptr<Page> page(
+      new Page{.status = Status({.title = title_of(job),
+                                 .folder = folder.string(),
+                                 .workers = static_cast<int>(job.workers.count),
+                                 .started = start.time,
+                                 .hang_timeout_s = job.workers.timeout_s}),
+               .dashboard = Dashboard(flags.dashboard, "--dashboard", job.workers.timeout_s),
+               .start = start});
+  page->tick();
+  if (!flags.quiet) print("status page: " + page->dashboard.url() + "\n");
+  return page;
+}
+
 void train(const Job& job, const TrainFlags& flags, const Start& start) {
   OutputFolder folder = folder_for(job, flags);
   if (!flags.report.empty()) {
     check_writable_place(flags.report, "--report");
     refuse_file_of_a_run(flags.report, folder.path(), "--report");
   }
+  const auto page = page_for(job, flags, folder.path(), start);
   const int workers = static_cast<int>(job.workers.count);
   WorkerJob run;
   run.command = "train";
@@ -135,9 +169,11 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
     if (event.at("event") == "snapshot") snapshots.take(event);
     if (event.at("event") == "ready" && !log.files_made()) folder.begin(to_toml(job));
     log.on_event(rank, event);
+    if (page) page->take(rank, event);
   };
   run.on_line = [&](int rank, bool error, std::string_view line) {
     const std::string text = fmt::format("[rank {}] {}", rank, line);
+    if (page) page->take(rank, {{"event", "output"}, {"text", line}});
     if (error)
       print_error(text + "\n");
     else
@@ -146,6 +182,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   run.on_tick = [&] {
     if (log.files_made()) snapshots.save();
     if (console().idle()) log.on_tick();  // no new bar before the last one is shown
+    if (page) page->tick();
   };
   try {
     run_worker_job(run);
@@ -161,6 +198,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
       if (reason != also.what()) print_error(fmt::format("lockstep: {}\n", also.what()));
     }
     log.fail(reason, snapshots.sha256());
+    if (page) page->take(-1, {{"event", "end"}, {"failed", reason}}), page->tick();
     const bool failed = dynamic_cast<const Interrupted*>(&error) == nullptr &&
                         dynamic_cast<const ConfigError*>(&error) == nullptr;
     if (failed && log.files_made())

@@ -22,6 +22,7 @@ namespace lockstep {
 namespace {
 
 constexpr Clock::duration kProgressInterval = std::chrono::milliseconds(100);
+constexpr Clock::duration kTimesInterval = std::chrono::seconds(1);
 constexpr const char* kByCallback = "a callback";
 constexpr const char* kPreempted = "the job was asked to stop";
 
@@ -78,7 +79,7 @@ class Run {
   nlohmann::json recovered_;  // what to tell once a step is committed; null: nothing
   double lr_ = 0;             // of the last step
   double loss_ = 0;           // of the last step, its mean
-  Clock::time_point next_progress_{};
+  Clock::time_point next_progress_{}, next_times_ = Clock::now() + kTimesInterval;
 };
 
 std::vector<NamedTensor> snapshot_tensors(const SharedWeights& weights,
@@ -329,6 +330,11 @@ nlohmann::json Run::ready() const {
 }
 
 void Run::report_step(const StepOutcome& result) {
+  const Clock::time_point now = Clock::now();
+  if (now >= next_times_) {
+    next_times_ = now + kTimesInterval;
+    world_.events().emit(rank_event(world_, session_.timer));
+  }
   if (world_.rank() != 0) return;
   if (std::exchange(session_.first_step, false)) world_.events().emit(first_step_event());
   if (!recovered_.is_null()) {
@@ -336,7 +342,6 @@ void Run::report_step(const StepOutcome& result) {
     recovered_["clock"] = monotonic_clock();
     world_.events().emit(std::exchange(recovered_, nullptr));
   }
-  const Clock::time_point now = Clock::now();
   if (now < next_progress_) return;
   next_progress_ = now + kProgressInterval;
   world_.events().emit({{"event", "step"},
