@@ -126,7 +126,7 @@ void Coordinator::Machine::account(int id, Worker& worker) {
   if (!worker.report.failed_for_good) return;
   if (member || !generation_)
     end(false, words);
-  else
+  else if (!worker.was_member)
     hopeless_ = words;
 }
 

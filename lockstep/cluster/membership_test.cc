@@ -365,6 +365,20 @@ TEST(Membership, ACoordinatorLearnsFromReports) {
   EXPECT_EQ(job.generation().members.size(), 2u);
 }
 
+TEST(Membership, WhatAReplacedCoordinatorSaysIsVoid) {
+  Roster roster(0, 4);
+  Assignment assignment;
+  assignment.term = 1;
+  assignment.start = 1;
+  EXPECT_THAT(roster.follow(assignment).start, ElementsAre(0));
+  assignment.term = 0;
+  assignment.start = 3;
+  assignment.over = 7;
+  const NodePlan plan = roster.follow(assignment);
+  EXPECT_THAT(plan.start, IsEmpty());
+  EXPECT_EQ(plan.over, 0u);
+}
+
 TEST(Membership, RefusesImpossibleNumbers) {
   EXPECT_THROW(Coordinator({.least = 0, .most = 1}, {}), ConfigError);
   EXPECT_THROW(Coordinator({.least = 3, .most = 2}, {}), ConfigError);
