@@ -125,7 +125,7 @@ TEST(FaultInjector, FilesDoNotGrowOnAFullDisk) {
   const std::string path = testing::TempDir() + "full-disk-" + std::to_string(::getpid());
   const int pid = ::fork();
   if (pid == 0) {
-    FaultInjector(alone("full-disk step=1")).at(Point::checkpoint, 1);
+    FaultInjector(alone("full-disk step=1")).at(Point::committed, 1);
     try {
       write_file_atomically(path, "text");
     } catch (const Error& error) {

@@ -165,7 +165,7 @@ Fault parse_single(Line& line) {
   }
   line.read(*form);
   Fault fault{.kind = static_cast<FaultKind>(form - forms().begin())};
-  if (fault.kind == FaultKind::full_disk) fault.when = Point::checkpoint;
+  if (fault.kind == FaultKind::full_disk) fault.when = Point::committed;
   fault.step = line.integer<std::uint64_t>("step", 1, kMaxStepNumber);
   if (line.has("rank")) fault.rank = line.integer("rank", 0, 1 << 20);
   if (line.has("when")) fault.when = line.point();

@@ -9,7 +9,7 @@
 //   mismatch      rank= step= [when=]                 announces a call that the others do not make
 //   out-of-memory rank= step= [when=]                 allocates until the system refuses
 //   oom-kill      rank= step= [when=]                 SIGKILL, as the kernel does it
-//   full-disk     step= [rank=0]                      no file of it can grow any more
+//   full-disk     step= [rank=0]                      from then on no file of it grows
 //   exit          rank= step= code= [when=]
 //   throw         rank= step= [when=]                 an exception
 //   random        kills= seed= from= to=              so many single kills between two steps
@@ -52,7 +52,7 @@ enum class Point {
   updating,    // within its slice, with a block half written
   committed,   // the step is whole
   evaluating,  // on the test set, after a step
-  checkpoint,  // while a checkpoint is written
+  checkpoint,  // while its checkpoint is written: rank 0 does
   recovering   // in a new generation, before its first step
 };
 

@@ -31,7 +31,7 @@ TEST(Faults, Kinds) {
           .kind = FaultKind::delay, .rank = 2, .step = 3, .when = Point::start, .seconds = 0.25}));
   EXPECT_EQ(parse_one("exit rank=0 step=9 code=3").code, 3);
   EXPECT_EQ(parse_one("full-disk step=9"),
-            (Fault{.kind = FaultKind::full_disk, .step = 9, .when = Point::checkpoint}));
+            (Fault{.kind = FaultKind::full_disk, .step = 9, .when = Point::committed}));
   EXPECT_EQ(parse_one("throw rank=0 step=9").kind, FaultKind::throws);
   EXPECT_EQ(parse_one("oom-kill rank=0 step=9").kind, FaultKind::oom_kill);
 }

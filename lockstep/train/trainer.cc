@@ -28,8 +28,9 @@ constexpr const char* kPreempted = "the job was asked to stop";
 
 // What one rank's fit() keeps from one generation to the next.
 struct Session {
-  explicit Session(const World& world) : timer(world), kept(world.claim_kept()) {}
+  explicit Session(const World& world) : timer(world), faults(world), kept(world.claim_kept()) {}
   PhaseTimer timer;
+  FaultInjector faults;
   const int kept;  // of the shared weights
   std::optional<CheckpointWriter> checkpoints;
   bool in_step = false;  // computing one that is not committed
@@ -292,6 +293,7 @@ std::string Run::end_epoch() {
 
 void Run::evaluate_into(EpochSummary& summary) {
   const Clock::time_point started = Clock::now();
+  session_.faults.at(Point::evaluating, static_cast<std::uint64_t>(progress_.step));
   const Evaluation evaluation = evaluate(world_, task_, *test_, options_.evaluation_batch_size);
   summary.evaluated = true;
   summary.test_loss = evaluation.loss;
