@@ -10,6 +10,7 @@
 #include <cstring>
 #include <exception>
 #include <iostream>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -57,6 +58,8 @@ int guarded(EventSink& events, const Rank& rank, const Work& work) {
     return failed("comm", error, kExitFailedRun);
   } catch (const c10::Error& error) {  // libtorch's own: without its C++ stack
     return failed("run", Error(error.what_without_backtrace()), kExitFailedRun);
+  } catch (const std::bad_alloc&) {
+    return failed("run", Error("out of memory: the system refused an allocation"), kExitFailedRun);
   } catch (const std::exception& error) {
     return failed("run", error, kExitFailedRun);
   }
