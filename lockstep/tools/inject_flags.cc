@@ -11,7 +11,8 @@ void add_inject_flags(CLI::App& app, InjectFlags& flags) {
   app.add_option("--inject", flags.faults,
                  "a fault to survive, such as \"kill rank=1 step=37\"; repeatable")
       ->take_all()
-      ->expected(1);
+      ->expected(1)
+      ->allow_extra_args(false);  // what follows may be the program
   app.add_option("--inject-file", flags.file, "a file with a fault a line");
 }
 
