@@ -5,7 +5,7 @@ import os
 import signal
 
 from elastic import Job, running
-from harness import contains, equal, lockstep, main
+from harness import BUILD, contains, equal, lockstep, main
 
 MOMENTS = ["start", "computed", "sealed", "decided", "updating", "committed"]
 
@@ -136,6 +136,22 @@ def test_out_of_memory_and_a_full_disk_say_so(folder):
              "File too large")
     lockstep("train", "--resume", job.output)
     job.check(job.output)
+
+
+def test_a_program_of_ones_own(folder):
+    def last_line(*faults):
+        words = [word for fault in faults for word in ("--inject", fault)]
+        done = lockstep("run", "--nproc-per-node", 3, "--max-restarts", 10, *words,
+                        f"{BUILD}/example-elastic", 60)
+        line = done.out.strip().split("\n")[-1]
+        contains(line, "60 steps on 3 workers")
+        return line.split("weights ")[1]
+    whole = last_line()
+    equal(last_line("kill rank=0 step=1", "kill rank=1 step=20 when=updating",
+                    "kill rank=2 step=40 when=decided", "kill rank=1 step=60 when=committed"),
+          whole, "weights")
+    equal(last_line(*(f"kill rank={rank} step=30 when=sealed" for rank in range(3))), whole,
+          "weights after all died at once")
 
 
 def test_wrong_faults_are_refused(folder):
