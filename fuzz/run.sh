@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 seconds=${1:-20}
 [ $# -eq 0 ] || shift
-targets=${*:-idx csv job safetensors manifest event segment shared_state control}
+targets=${*:-idx csv job safetensors manifest event fault segment shared_state control}
 
 cmake -S . -B build-fuzz -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=clang++ \
   -DCMAKE_C_COMPILER=clang -DLOCKSTEP_FUZZ=ON -DLOCKSTEP_WITH_TORCH=OFF -DLOCKSTEP_TESTS=OFF >/dev/null

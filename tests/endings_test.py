@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from harness import (LOCKSTEP, Result, Skip, check_flight_record, check_trace, contains, equal,
-                     lockstep, main, make_idx_folder, memory_limit, parent_of, processes, report_of,
+                     lockstep, main, make_idx_folder, memory_limit, name_of, processes, report_of,
                      run, train)
 
 ENDLESS = ["--workers", "2", "--set", "train.epochs=1000000", "--set", "dataset.rows=20000"]
@@ -42,10 +42,8 @@ class Running:
         return []
 
     def workers(self):
-        """The processes that train: those without children of their own."""
-        found = [pid for pid in processes(self.mark) if pid != self.process.pid]
-        parents = {parent_of(pid) for pid in found}
-        return sorted(pid for pid in found if pid not in parents)
+        """The processes that train."""
+        return sorted(pid for pid in processes(self.mark) if name_of(pid) == "lockstep-worker")
 
     def end(self, code):
         out, err = self.process.communicate(timeout=60)

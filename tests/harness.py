@@ -139,10 +139,10 @@ def processes(text):
     return found
 
 
-def parent_of(pid):
+def name_of(pid):
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rsplit(")", 1)[1].split()[1])
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
     except OSError:
         return None
 

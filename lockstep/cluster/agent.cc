@@ -7,7 +7,6 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/timerfd.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,40 +14,43 @@
 #include <cerrno>
 #include <deque>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/console.h"
-#include "lockstep/cluster/line_splitter.h"
 #include "lockstep/cluster/spawn.h"
 #include "lockstep/cluster/trace.h"
+#include "lockstep/cluster/worker_process.h"
+#include "lockstep/cluster/zygote.h"
 #include "lockstep/memory/segment.h"
-#include "lockstep/observe/event.h"
 
 namespace lockstep {
 namespace {
 
-constexpr std::size_t kLastWords = 10;
-constexpr std::size_t kReadBytes = std::size_t{64} << 10;
-constexpr int kPipeBytes = 1 << 20;  // what a pipe can hold at most
 constexpr pollfd kNone{-1, 0, 0};
+constexpr int kZygoteId = 0;     // among the workers' ids
+constexpr int kMostZygotes = 3;  // in a row that were killed before they had started a worker
+constexpr std::size_t kMostAsked = 16;  // requests that a zygote has not answered yet
 
-enum class Source : std::uint32_t { output, error, events, exit, signal, timer };
+enum class Source : std::uint32_t { output, error, events, exit, signal, timer, zygote };
 
 struct Worker {
-  Spawned process;
-  LineSplitter output_lines, error_lines;
-  EventReader events;
-  std::deque<std::string> last_words;
-  bool blames_others = false;  // it reported that its group failed
+  WorkerProcess process;
+  int rank = 0;
   bool running = false;
+};
+
+// A worker that a zygote is to fork.
+struct Request {
+  int id = 0;
+  Streams streams;  // its ends
+  bool asked = false;
 };
 
 struct Death {
   WorkerFailure failure;
-  // Lower is more likely the cause: a signal; an exit code; an abort, which is also how an uncaught
-  // CommError ends; a worker that said itself that another one failed.
-  int suspicion = 0;
+  int suspicion = 0;  // see Ending
 };
 
 class Agent {
@@ -58,21 +60,28 @@ class Agent {
 
  private:
   void start();
+  Environment common_environment() const;
+  Environment place_environment(int rank) const;
+  void start_zygote();
+  void start_worker(int rank);
+  Worker& add_worker(int id, int rank, Streams streams);
+  void check_exec(const WorkerProcess& process) const;
+  void ask_zygote();
+  void take_answers();
+  void zygote_ended(const Ending& ending);
+
   void loop();
   void wait();
-  void take(Source source, int rank);
-  void watch(int fd, Source source, int rank);
-  Environment all_environment() const;
-  Environment worker_environment(int rank) const;
-
-  bool read_some(int rank, Source source);
-  void drain(int rank);
-  void take_bytes(int rank, Source source, std::string_view bytes);
-  void take_events(int rank, std::string_view bytes);
-  void take_line(int rank, bool error, std::string_view line);
-  void take_exit(int rank);
+  void take(Source source, int id);
+  void watch(int fd, Source source, int id);
+  void read_some(Worker& worker, Stream stream);
+  void take_exit(int id);
+  void take_death(const Worker& worker, const Ending& ending);
   void take_cause();
   void take_signal();
+
+  WorkerProcess::OnLine on_line(const Worker& worker);
+  WorkerProcess::OnEvent on_event(const Worker& worker);
 
   void end(const std::string& reason, bool at_once);
   void signal_workers(int number);
@@ -81,14 +90,18 @@ class Agent {
   const AgentOptions& options_;
   std::string trace_;  // LOCKSTEP_TRACE
   AgentResult result_;
-  std::vector<Worker> workers_;
-  int running_ = 0;
-  std::vector<Death> deaths_;  // since the last look
+  std::map<int, Worker> workers_;
+  int last_id_ = kZygoteId;
+  int running_ = 0;  // or to be forked; the zygote aside
+  std::optional<Zygote> zygote_;
+  std::deque<Request> requests_;  // oldest first
+  int zygotes_lost_ = 0;          // since the last that started a worker
+  std::vector<Death> deaths_;     // since the last look
   std::vector<int> children_before_;
-  std::uint64_t memory_kills_before_ = 0;
   UniqueFd epoll_;  // exits, signals, ticks
   UniqueFd pipes_;  // an epoll too: what the workers write, which can be left waiting
   UniqueFd signals_, timer_;
+  bool started_ = false;
   bool ending_ = false;
   bool muted_ = false;  // a callback has thrown: none is called any more
   Deadline kill_at_ = Deadline::never();
@@ -124,7 +137,6 @@ AgentResult Agent::run() {
   LOCKSTEP_CHECK(options_.workers > 0 && !options_.command.empty());
   const ProcessSettings settings;
   children_before_ = child_processes();
-  memory_kills_before_ = out_of_memory_kills();
   epoll_ = checked(::epoll_create1(EPOLL_CLOEXEC), "epoll");
   pipes_ = checked(::epoll_create1(EPOLL_CLOEXEC), "epoll");
   signals_ = checked(::signalfd(-1, &settings.signals(), SFD_CLOEXEC | SFD_NONBLOCK), "signalfd");
@@ -134,7 +146,7 @@ AgentResult Agent::run() {
   bool done = false;
   while (!done) {
     try {
-      if (workers_.empty() && !thrown) start();
+      if (!std::exchange(started_, true)) start();
       loop();
       finish();
       done = true;
@@ -150,28 +162,20 @@ AgentResult Agent::run() {
   return result_;
 }
 
-void Agent::watch(int fd, Source source, int rank) {
+void Agent::watch(int fd, Source source, int id) {
   epoll_event event{};
   event.events = EPOLLIN;
-  event.data.u64 = std::uint64_t(source) << 32 | std::uint32_t(rank);
-  const bool pipe = source == Source::output || source == Source::error || source == Source::events;
+  event.data.u64 = std::uint64_t(source) << 32 | std::uint32_t(id);
+  const bool pipe = source <= Source::events;
   if (::epoll_ctl((pipe ? pipes_ : epoll_).get(), EPOLL_CTL_ADD, fd, &event) != 0)
     throw Error("cannot watch the workers: " + errno_text(errno));
 }
 
-Environment Agent::all_environment() const {
+// What all workers have alike, a zygote too.
+Environment Agent::common_environment() const {
   Environment environment = process_environment();
   for (const auto& [name, value] : options_.environment) environment[name] = value;
-  return environment;
-}
-
-Environment Agent::worker_environment(int rank) const {
-  Environment environment = all_environment();
   if (!trace_.empty()) environment["LOCKSTEP_TRACE"] = trace_;
-  const std::string size = std::to_string(options_.workers), number = std::to_string(rank);
-  for (const char* name : {"RANK", "LOCAL_RANK", "ROLE_RANK"}) environment[name] = number;
-  for (const char* name : {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"})
-    environment[name] = size;
   environment["GROUP_RANK"] = "0";
   environment["GROUP_WORLD_SIZE"] = "1";
   environment["MASTER_ADDR"] = options_.master_addr;
@@ -188,51 +192,142 @@ Environment Agent::worker_environment(int rank) const {
   // Big blocks stay in the process: given back to the kernel, every step would fault them in again.
   environment.emplace("GLIBC_TUNABLES",
                       "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776");
-  if (options_.segment) {
-    environment["LOCKSTEP_LAUNCHER"] = "lockstep";
-    environment["LOCKSTEP_GENERATION"] = "0";
-    environment["LOCKSTEP_SEGMENT_FD"] = std::to_string(options_.segment->fd());
-  } else {
-    for (const char* name : {"LOCKSTEP_LAUNCHER", "LOCKSTEP_GENERATION", "LOCKSTEP_SEGMENT_FD"})
-      environment.erase(name);
-  }
+  for (const char* name : {"LOCKSTEP_LAUNCHER", "LOCKSTEP_GENERATION", "LOCKSTEP_SEGMENT_FD"})
+    environment.erase(name);
+  return environment;
+}
+
+Environment Agent::place_environment(int rank) const {
+  Environment environment;
+  const std::string size = std::to_string(options_.workers), number = std::to_string(rank);
+  for (const char* name : {"RANK", "LOCAL_RANK", "ROLE_RANK"}) environment[name] = number;
+  for (const char* name : {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"})
+    environment[name] = size;
+  if (!options_.segment) return environment;
+  environment["LOCKSTEP_LAUNCHER"] = "lockstep";
+  environment["LOCKSTEP_GENERATION"] = "0";
+  environment["LOCKSTEP_SEGMENT_FD"] = std::to_string(options_.segment->fd());
   return environment;
 }
 
 void Agent::start() {
-  if (const std::string trace = all_environment()["LOCKSTEP_TRACE"];
+  if (const std::string trace = common_environment()["LOCKSTEP_TRACE"];
       options_.segment && !trace.empty()) {
     prepare_trace(trace, options_.workers);
     trace_ = std::filesystem::absolute(trace);  // a worker may change its folder
   }
-  workers_ = std::vector<Worker>(static_cast<std::size_t>(options_.workers));
-  for (int rank = 0; rank < options_.workers; ++rank) {
-    Worker& worker = workers_[static_cast<std::size_t>(rank)];
-    worker.process = spawn(options_.command, worker_environment(rank),
-                           options_.segment ? options_.segment->fd() : -1);
-    worker.running = true;
-    ++running_;
-    watch(worker.process.pidfd.get(), Source::exit, rank);
-    watch(worker.process.output.get(), Source::output, rank);
-    watch(worker.process.error.get(), Source::error, rank);
-    watch(worker.process.events.get(), Source::events, rank);
-  }
-  for (const Worker& worker : workers_) {
-    const int error = wait_for_exec(worker.process);
-    if (error == 0) continue;
-    const std::filesystem::path program = options_.command[0];
-    std::error_code ignored;
-    const bool here =
-        error == ENOENT && !program.has_parent_path() && std::filesystem::exists(program, ignored);
-    throw ConfigError(fmt::format("could not start {}: {}", program.string(), errno_text(error)),
-                      here ? fmt::format("did you mean ./{}?", program.string()) : "");
-  }
+  if (options_.zygote) start_zygote();
+  for (int rank = 0; rank < options_.workers; ++rank) start_worker(rank);
+  for (const auto& [id, worker] : workers_)
+    if (worker.process.pid() != 0) check_exec(worker.process);
   if (options_.on_tick) {
     timer_ = checked(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK), "timerfd");
     const timespec tenth{0, 100'000'000};
     const itimerspec every{tenth, tenth};
     ::timerfd_settime(timer_.get(), 0, &every, nullptr);
     watch(timer_.get(), Source::timer, 0);
+  }
+}
+
+void Agent::start_zygote() {
+  StreamEnds streams = make_streams();
+  zygote_.emplace();
+  Worker& worker = add_worker(kZygoteId, 0, std::move(streams.read));
+  worker.process.started(zygote_->start(options_.command, common_environment(), streams.write));
+  watch(worker.process.process().pidfd.get(), Source::exit, kZygoteId);
+  watch(zygote_->socket(), Source::zygote, kZygoteId);
+}
+
+void Agent::start_worker(int rank) {
+  const int id = ++last_id_;
+  StreamEnds streams = make_streams();
+  Worker& worker = add_worker(id, rank, std::move(streams.read));
+  if (zygote_) {
+    requests_.push_back({.id = id, .streams = std::move(streams.write)});
+    ask_zygote();
+  } else {
+    Environment environment = common_environment();
+    environment.merge(place_environment(rank));
+    worker.process.started(spawn(options_.command, std::move(environment), streams.write,
+                                 options_.segment ? options_.segment->fd() : -1));
+    watch(worker.process.process().pidfd.get(), Source::exit, id);
+  }
+  ++running_;
+}
+
+Worker& Agent::add_worker(int id, int rank, Streams streams) {
+  Worker& worker = workers_[id];
+  worker = Worker{.process = WorkerProcess(std::move(streams)), .rank = rank, .running = true};
+  worker.process.rank = rank;
+  watch(worker.process.stream(Stream::output).get(), Source::output, id);
+  watch(worker.process.stream(Stream::error).get(), Source::error, id);
+  watch(worker.process.stream(Stream::events).get(), Source::events, id);
+  return worker;
+}
+
+void Agent::check_exec(const WorkerProcess& process) const {
+  const int error = wait_for_exec(process.process());
+  if (error == 0) return;
+  const std::filesystem::path program = options_.command[0];
+  std::error_code ignored;
+  const bool here =
+      error == ENOENT && !program.has_parent_path() && std::filesystem::exists(program, ignored);
+  throw ConfigError(fmt::format("could not start {}: {}", program.string(), errno_text(error)),
+                    here ? fmt::format("did you mean ./{}?", program.string()) : "");
+}
+
+// A request that cannot be sent waits: for the answers to those before it, or for the next zygote.
+void Agent::ask_zygote() {
+  std::size_t asked = 0;
+  for (Request& request : requests_) {
+    if (++asked > kMostAsked) return;
+    if (request.asked) continue;
+    if (zygote_->request(place_environment(workers_.at(request.id).rank), request.streams,
+                         options_.segment->fd()) != 0)
+      return;
+    request.asked = true;
+  }
+}
+
+void Agent::take_answers() {
+  while (const std::optional<int> pid = zygote_->answer()) {
+    if (requests_.empty() || !requests_.front().asked)
+      throw Error("the zygote has started a worker that nobody asked for");
+    const int id = requests_.front().id;
+    requests_.pop_front();
+    if (*pid < 0) throw Error("cannot start a worker: " + errno_text(-*pid));
+    zygotes_lost_ = 0;
+    workers_.at(id).process.started(adopt(*pid));
+    watch(workers_.at(id).process.process().pidfd.get(), Source::exit, id);
+    if (ending_) ::kill(-*pid, SIGKILL);
+  }
+  ask_zygote();
+}
+
+// Workers that it has forked are the agent's own, and go on. One that ends before it has forked any
+// has failed at what the first worker would have failed at.
+void Agent::zygote_ended(const Ending& ending) {
+  pollfd more{zygote_->socket(), POLLIN, 0};
+  while (::poll(&more, 1, 1000) > 0 && (more.revents & POLLIN) != 0) {
+    if (zygote_->ended()) break;
+    take_answers();
+  }
+  // One that was forked and not told of must not sit where another will.
+  std::vector<int> known = children_before_;
+  for (const auto& [id, worker] : workers_) known.push_back(worker.process.pid());
+  kill_children_except(known);
+  for (Request& request : requests_) request.asked = false;
+  const Worker& worker = workers_.at(kZygoteId);
+  if (!ending_ && (ending.signal == 0 || ++zygotes_lost_ > kMostZygotes))
+    take_death(worker, ending);
+  zygote_.reset();
+  if (ending_ || !deaths_.empty()) {
+    running_ -= int(requests_.size());
+    for (const Request& request : requests_) workers_.at(request.id).running = false;
+    requests_.clear();
+  } else {
+    start_zygote();
+    ask_zygote();
   }
 }
 
@@ -271,17 +366,18 @@ void Agent::wait() {
     throw Error("cannot watch the workers: " + errno_text(errno));
 }
 
-void Agent::take(Source source, int rank) {
-  if (source == Source::exit) return take_exit(rank);
+void Agent::take(Source source, int id) {
+  if (source == Source::exit) return take_exit(id);
   if (source == Source::signal) return take_signal();
-  if (source != Source::timer) return void(read_some(rank, source));
+  if (source == Source::zygote) return zygote_ ? take_answers() : void();
+  if (source != Source::timer) return read_some(workers_.at(id), static_cast<Stream>(source));
   std::uint64_t ticks;
   if (::read(timer_.get(), &ticks, sizeof ticks) > 0 && !muted_) options_.on_tick();
 }
 
 // The likeliest cause among the deaths, those included that nobody has told of yet.
 void Agent::take_cause() {
-  for (int rank = 0; rank < options_.workers; ++rank) take_exit(rank);
+  for (int id = kZygoteId; id <= last_id_; ++id) take_exit(id);
   const auto likeliest = std::min_element(
       deaths_.begin(), deaths_.end(), [](auto& a, auto& b) { return a.suspicion < b.suspicion; });
   result_.failure = likeliest->failure;
@@ -290,104 +386,42 @@ void Agent::take_cause() {
       false);
 }
 
-// One read; false at the end of the stream or when nothing is there.
-bool Agent::read_some(int rank, Source source) {
-  Spawned& process = workers_[std::size_t(rank)].process;
-  UniqueFd& fd = source == Source::output  ? process.output
-                 : source == Source::error ? process.error
-                                           : process.events;
-  if (!fd) return false;
-  char bytes[kReadBytes];
-  const ssize_t count = ::read(fd.get(), bytes, sizeof bytes);
-  if (count < 0) return errno == EINTR;
-  if (count == 0) {
-    fd = UniqueFd();  // which also ends watching it
-    take_bytes(rank, source, {});
-    return false;
-  }
-  take_bytes(rank, source, {bytes, std::size_t(count)});
-  return true;
-}
-
-// What an ended worker had written is in its pipes; a child of it may hold them open and write on.
-void Agent::drain(int rank) {
-  for (Source source : {Source::output, Source::error, Source::events})
-    for (int reads = 2 * kPipeBytes / int(kReadBytes); reads > 0 && read_some(rank, source);)
-      --reads;
-}
-
-// No bytes: the stream has ended.
-void Agent::take_bytes(int rank, Source source, std::string_view bytes) {
-  Worker& worker = workers_[std::size_t(rank)];
-  if (source == Source::events) {
-    if (!muted_) take_events(rank, bytes);
-    return;
-  }
-  const bool error = source == Source::error;
-  const auto on_line = [&](std::string_view line) { take_line(rank, error, line); };
-  LineSplitter& lines = error ? worker.error_lines : worker.output_lines;
-  if (bytes.empty())
-    lines.finish(on_line);
-  else
-    lines.feed(bytes, on_line);
-}
-
-void Agent::take_events(int rank, std::string_view bytes) {
-  Worker& worker = workers_[std::size_t(rank)];
-  const auto broken = [&](const std::exception& error) {
-    return Error(
-        fmt::format("rank {} (pid {}): broken event: {}", rank, worker.process.pid, error.what()));
+WorkerProcess::OnLine Agent::on_line(const Worker& worker) {
+  return [&](bool error, std::string_view line) {
+    if (options_.on_line && !muted_) options_.on_line(worker.rank, error, line);
   };
-  std::vector<nlohmann::json> events;
-  try {
-    events = worker.events.feed(as_byte_span(bytes));
-  } catch (const Error& error) {
-    throw broken(error);
-  }
-  for (const nlohmann::json& event : events) {
-    try {
-      if (event["event"] == "error" && event.value("kind", "") == "comm")
-        worker.blames_others = true;
-      if (options_.on_event && !muted_) options_.on_event(rank, event);
-    } catch (const nlohmann::json::exception& error) {  // a member is missing or of a wrong type
-      throw broken(error);
-    }
-  }
 }
 
-void Agent::take_line(int rank, bool error, std::string_view line) {
-  std::deque<std::string>& last_words = workers_[std::size_t(rank)].last_words;
-  if (error) {
-    last_words.emplace_back(line);
-    if (last_words.size() > kLastWords) last_words.pop_front();
-  }
-  if (options_.on_line && !muted_) options_.on_line(rank, error, line);
+WorkerProcess::OnEvent Agent::on_event(const Worker& worker) {
+  if (muted_) return {};
+  return [&](const nlohmann::json& event) {
+    if (options_.on_event) options_.on_event(worker.rank, event);
+  };
 }
 
-void Agent::take_exit(int rank) {
-  Worker& worker = workers_[std::size_t(rank)];
-  int status = 0;
-  if (!worker.running || ::waitpid(worker.process.pid, &status, WNOHANG) <= 0) return;
+void Agent::read_some(Worker& worker, Stream stream) {
+  worker.process.read_some(stream, on_line(worker), on_event(worker));
+}
+
+void Agent::take_exit(int id) {
+  const auto found = workers_.find(id);
+  if (found == workers_.end() || !found->second.running) return;
+  Worker& worker = found->second;
+  const std::optional<Ending> ending = worker.process.take_exit(on_line(worker), on_event(worker));
+  if (!ending) return;
   worker.running = false;
+  if (id == kZygoteId) return zygote_ended(*ending);
   --running_;
-  worker.process.pidfd = UniqueFd();
-  Death death;
-  const bool failed = status != 0;
-  const int number = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-  if (number != 0) {
-    death.failure.cause = fmt::format("killed by signal {} ({})", number, signal_name(number));
-    if (number == SIGKILL && out_of_memory_kills() > memory_kills_before_)
-      death.failure.cause += ", perhaps out of memory: the kernel ended a process of this group";
-  } else {
-    death.failure.cause = fmt::format("exited with code {}", WEXITSTATUS(status));
-  }
-  drain(rank);
-  if (!failed || ending_) return;
-  death.failure.rank = rank;
-  death.failure.pid = worker.process.pid;
-  death.failure.last_words.assign(worker.last_words.begin(), worker.last_words.end());
-  death.suspicion = worker.blames_others ? 3 : number == SIGABRT ? 2 : number == 0 ? 1 : 0;
-  deaths_.push_back(std::move(death));
+  if (!ending_ && (ending->signal != 0 || ending->code != 0)) take_death(worker, *ending);
+}
+
+void Agent::take_death(const Worker& worker, const Ending& ending) {
+  const std::deque<std::string>& words = worker.process.last_words();
+  deaths_.push_back({{.rank = worker.rank,
+                      .pid = worker.process.pid(),
+                      .cause = ending.cause,
+                      .last_words = {words.begin(), words.end()}},
+                     ending.suspicion});
 }
 
 void Agent::take_signal() {
@@ -411,18 +445,19 @@ void Agent::end(const std::string& reason, bool at_once) {
     kill_at_ = Deadline::after(options_.grace);
   }
   ending_ = true;
+  if (zygote_) ::kill(-workers_.at(kZygoteId).process.pid(), SIGKILL);  // no more workers
 }
 
 void Agent::signal_workers(int number) {
-  for (const Worker& worker : workers_)
-    if (worker.running) ::kill(-worker.process.pid, number);
+  for (const auto& [id, worker] : workers_)
+    if (worker.running && worker.process.pid() != 0) ::kill(-worker.process.pid(), number);
 }
 
 void Agent::finish() {
   const bool gone = kill_children_except(children_before_);
-  for (int rank = 0; rank < int(workers_.size()); ++rank) {
-    drain(rank);
-    for (Source source : {Source::output, Source::error}) take_bytes(rank, source, {});
+  for (auto& [id, worker] : workers_) {
+    worker.process.drain(on_line(worker), on_event(worker));
+    worker.process.finish_lines(on_line(worker));
   }
   if (!trace_.empty()) write_trace(*options_.segment, trace_);
   if (!gone) throw Error("a process that a worker started could not be ended");

@@ -22,9 +22,10 @@ class Segment;
 
 struct AgentOptions {
   int workers = 1;
-  std::vector<std::string>
-      command;              // program and arguments, the same for every worker; found through PATH
-  Environment environment;  // set over the agent's own
+  // Program and arguments, the same for every worker; found through PATH.
+  std::vector<std::string> command;
+  bool zygote = false;         // `command` is one (zygote.h), which forks the workers
+  Environment environment;     // set over the agent's own
   std::optional<int> threads;  // OMP_NUM_THREADS; none: 1 when unset and workers > 1
   std::string master_addr = "127.0.0.1";
   int master_port = 29500;           // only told to the workers, never bound

@@ -220,6 +220,7 @@ Place launched_place(const Environment& environment) {
 Place place_from(const Environment& environment) {
   Place place = launched_place(environment);
   place.trace = text_or(environment, "LOCKSTEP_TRACE", "");
+  place.inject = text_or(environment, "LOCKSTEP_INJECT", "");
   return place;
 }
 

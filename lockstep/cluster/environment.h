@@ -32,6 +32,7 @@ struct Place {
   int event_fd = -1;        // lockstep: the pipe to the agent
   std::string job_id = {};  // names the rendezvous on this node where no segment is inherited
   std::string trace = {};   // LOCKSTEP_TRACE: the file, "" for none
+  std::string inject = {};  // LOCKSTEP_INJECT: faults (faults.h), "" for none
 };
 
 // Throws ConfigError naming the variable: missing partner, not a number, rank outside the world,

@@ -33,12 +33,10 @@ Pipe make_pipe() {
   return {UniqueFd(ends[0]), UniqueFd(ends[1])};
 }
 
-void set_non_blocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
-
 struct ChildPlan {
   char** arguments;
   char** environment;
-  int parent, output, error, events, segment, status;
+  int parent, output, error, events, inherited, status;
 };
 
 // Between fork and exec: async-signal-safe calls only.
@@ -54,7 +52,7 @@ struct ChildPlan {
   if (input >= 0 && ::dup2(input, STDIN_FILENO) >= 0 && ::dup2(plan.output, STDOUT_FILENO) >= 0 &&
       ::dup2(plan.error, STDERR_FILENO) >= 0) {
     ::fcntl(plan.events, F_SETFD, 0);
-    if (plan.segment >= 0) ::fcntl(plan.segment, F_SETFD, 0);
+    if (plan.inherited >= 0) ::fcntl(plan.inherited, F_SETFD, 0);
     ::execvpe(plan.arguments[0], plan.arguments, plan.environment);
   }
   const int error = errno;
@@ -86,9 +84,34 @@ std::uint64_t counter_in(const std::string& path, std::string_view name) {
 
 }  // namespace
 
-Spawned spawn(const std::vector<std::string>& command, Environment environment, int segment_fd) {
-  Pipe output = make_pipe(), error = make_pipe(), events = make_pipe(), status = make_pipe();
-  environment["LOCKSTEP_EVENT_FD"] = std::to_string(events.write_end.get());
+StreamEnds make_streams() {
+  StreamEnds ends;
+  for (UniqueFd Streams::*stream : {&Streams::output, &Streams::error, &Streams::events}) {
+    Pipe pipe = make_pipe();
+    ::fcntl(pipe.read_end.get(), F_SETFL, ::fcntl(pipe.read_end.get(), F_GETFL) | O_NONBLOCK);
+    ends.read.*stream = std::move(pipe.read_end);
+    ends.write.*stream = std::move(pipe.write_end);
+  }
+  return ends;
+}
+
+Process adopt(int pid) {
+  Process process;
+  process.pid = pid;
+  process.pidfd = UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+  if (!process.pidfd) {
+    const int reason = errno;
+    ::kill(pid, SIGKILL);
+    ::waitpid(pid, nullptr, 0);
+    throw Error("cannot watch a worker: " + errno_text(reason));
+  }
+  return process;
+}
+
+Process spawn(const std::vector<std::string>& command, Environment environment,
+              const Streams& streams, int inherited_fd) {
+  Pipe status = make_pipe();
+  environment["LOCKSTEP_EVENT_FD"] = std::to_string(streams.events.get());
   std::vector<std::string> entries;
   for (const auto& [name, value] : environment) entries.push_back(name + "=" + value);
   const auto pointers = [](const std::vector<std::string>& texts) {
@@ -98,35 +121,23 @@ Spawned spawn(const std::vector<std::string>& command, Environment environment, 
     return result;
   };
   std::vector<char*> arguments = pointers(command), variables = pointers(entries);
-  const ChildPlan plan{
-      arguments.data(),      variables.data(),       ::getpid(), output.write_end.get(),
-      error.write_end.get(), events.write_end.get(), segment_fd, status.write_end.get()};
+  const ChildPlan plan{arguments.data(),     variables.data(),      ::getpid(),
+                       streams.output.get(), streams.error.get(),   streams.events.get(),
+                       inherited_fd,         status.write_end.get()};
 
-  Spawned worker;
-  worker.pid = ::fork();
-  if (worker.pid < 0) throw Error("cannot start a worker: " + errno_text(errno));
-  if (worker.pid == 0) become_worker(plan);
-  ::setpgid(worker.pid, worker.pid);  // both sides do it: whoever comes first
-  worker.pidfd = UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, worker.pid, 0)));
-  if (!worker.pidfd) {
-    const int reason = errno;
-    ::kill(worker.pid, SIGKILL);
-    ::waitpid(worker.pid, nullptr, 0);
-    throw Error("cannot watch a worker: " + errno_text(reason));
-  }
-  worker.output = std::move(output.read_end);
-  worker.error = std::move(error.read_end);
-  worker.events = std::move(events.read_end);
-  worker.exec_status = std::move(status.read_end);
-  for (int fd : {worker.output.get(), worker.error.get(), worker.events.get()})
-    set_non_blocking(fd);
-  return worker;
+  const int pid = ::fork();
+  if (pid < 0) throw Error("cannot start a worker: " + errno_text(errno));
+  if (pid == 0) become_worker(plan);
+  ::setpgid(pid, pid);  // both sides do it: whoever comes first
+  Process process = adopt(pid);
+  process.exec_status = std::move(status.read_end);
+  return process;
 }
 
-int wait_for_exec(const Spawned& worker) {
+int wait_for_exec(const Process& process) {
   int error = 0;
   ssize_t count;
-  do count = ::read(worker.exec_status.get(), &error, sizeof error);
+  do count = ::read(process.exec_status.get(), &error, sizeof error);
   while (count < 0 && errno == EINTR);
   return count == sizeof error ? error : 0;
 }

@@ -11,21 +11,31 @@
 
 namespace lockstep {
 
-struct Spawned {
-  int pid = 0;
-  UniqueFd pidfd;   // readable once it has ended
-  UniqueFd output;  // its standard output, error and events: non-blocking
-  UniqueFd error;
-  UniqueFd events;
+// A worker's standard output, standard error and events: one end of each pipe.
+struct Streams {
+  UniqueFd output, error, events;
+};
+struct StreamEnds {
+  Streams read;  // the agent's: non-blocking
+  Streams write;
+};
+StreamEnds make_streams();
+
+struct Process {
+  int pid = 0;           // 0: not started yet
+  UniqueFd pidfd;        // readable once it has ended
   UniqueFd exec_status;  // an errno if the program could not be started, else end of file
 };
 
 // Starts `command` (found through PATH) in a process group of its own, with standard input from
 // /dev/null; it dies with this process. `environment` is complete but for LOCKSTEP_EVENT_FD.
-// segment_fd: inherited; -1: none. Throws Error when the system refuses.
-Spawned spawn(const std::vector<std::string>& command, Environment environment, int segment_fd);
+// inherited_fd: one more descriptor that it has; -1: none. Throws Error when the system refuses.
+Process spawn(const std::vector<std::string>& command, Environment environment,
+              const Streams& streams, int inherited_fd);
 // Waits until the program runs; 0 or the errno of execve.
-int wait_for_exec(const Spawned& worker);
+int wait_for_exec(const Process& process);
+// A child of this process that somebody else started for it.
+Process adopt(int pid);
 
 // Children of this process, ended ones too. Empty without a system call more when there are none.
 std::vector<int> child_processes();

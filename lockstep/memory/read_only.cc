@@ -83,6 +83,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN)
     return before.sa_handler(signal);
   ::signal(SIGSEGV, SIG_DFL);  // the instruction runs again, and ends the process
+  if (info->si_code <= 0) ::raise(SIGSEGV);  // it was no instruction: somebody sent the signal
 }
 
 template <typename State>

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -36,6 +37,10 @@ TEST_F(ReadOnlyTest, AFaultElsewhereIsNotOurs) {
   EXPECT_DEATH(*static_cast<volatile char*>(elsewhere) = 1,
                ::testing::Not(::testing::HasSubstr("was written to")));
   ::munmap(elsewhere, page);
+}
+
+TEST_F(ReadOnlyTest, ASignalThatWasSentIsNotLost) {
+  EXPECT_EXIT(::kill(::getpid(), SIGSEGV), testing::KilledBySignal(SIGSEGV), "");
 }
 
 TEST_F(ReadOnlyTest, CanBeWritableForAWhile) {

@@ -10,6 +10,7 @@
 //     clock; from rank 0, at most 10 a second
 //   epoch: epoch, step, train_loss, test_loss?, test_accuracy?, grad_norm, lr, samples, seconds,
 //     eval_seconds
+//   injected: rank, fault, step, clock (a fault that was asked for is about to strike)
 //   message: text (a line for the person; printed as it is)
 //   snapshot: epoch, sequence, sequence_offset, tensors: [{name, dtype, shape, offset, nbytes}]
 //     (offsets in the segment)

@@ -162,6 +162,9 @@ void RunLog::on_event(int rank, const nlohmann::json& event) {
     if (kind == "epoch") print_line(epoch_line(state.run));
   } else if (kind == "message") {
     print_line(event.at("text").get_ref<const std::string&>());
+  } else if (kind == "injected") {
+    print_line(fmt::format("[rank {}] injected: {}", event.at("rank").get<int>(),
+                           event.at("fault").get_ref<const std::string&>()));
   }
 }
 

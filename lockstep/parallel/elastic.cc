@@ -12,6 +12,7 @@
 #include "lockstep/bridge/dtypes.h"
 #include "lockstep/bridge/flat_parameters.h"
 #include "lockstep/bridge/optimizer_state.h"
+#include "lockstep/cluster/fault_injector.h"
 #include "lockstep/observe/event.h"
 
 namespace lockstep::elastic {
@@ -107,6 +108,7 @@ State::Agreement Replicas::end_step(const World& world) {
 End run_steps(const World& world, State& state, const std::function<bool()>& step) {
   world.declare_elastic();
   world.join();
+  FaultInjector faults(world);
   bool in_step = false;
   const auto in_this_generation = [&]() -> std::optional<End> {
     const std::uint64_t before = state.step_;
@@ -125,10 +127,12 @@ End run_steps(const World& world, State& state, const std::function<bool()>& ste
       at::manual_seed(mix({state.step_, static_cast<std::uint64_t>(world.rank())}));
       in_step = true;
       state.begin_step();
+      faults.at(Point::start, state.step_ + 1);
       if (!step()) break;
       const State::Agreement agreed = state.end_step(world);
       in_step = false;
       world.made_progress();
+      faults.at(Point::committed, state.step_);
       if (world.rank() == 0 && !recovered.is_null()) {
         recovered["step"] = state.step_;
         recovered["clock"] = seconds(Clock::now().time_since_epoch());

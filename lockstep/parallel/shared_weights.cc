@@ -107,6 +107,14 @@ void SharedWeights::State::accumulate(const Compute& compute) {
   }
 }
 
+// Where a block is half written.
+SliceUpdate::Hook SharedWeights::State::faults_within(Point point, std::uint64_t step) {
+  if (faults.empty()) return {};
+  return [this, point, step](SliceUpdate::Moment moment, std::uint64_t) {
+    if (moment == SliceUpdate::Moment::half_home) faults.at(point, step);
+  };
+}
+
 // Throws the same on every rank.
 void SharedWeights::State::check_numbers(const RankNumbers& ranks) {
   const auto& [options_of, integers_of, magnitudes, moves, stops] = ranks;
@@ -170,7 +178,10 @@ SharedWeights::~SharedWeights() {
   }
 }
 
-void SharedWeights::compute(const Compute& compute) { state_->accumulate(compute); }
+void SharedWeights::compute(const Compute& compute) {
+  state_->faults.at(Point::start, committed_step() + 1);
+  state_->accumulate(compute);
+}
 
 void SharedWeights::contribute(double weight) {
   State& s = *state_;
@@ -203,7 +214,9 @@ StepOutcome SharedWeights::decide(bool measure) {
   double magnitude = 0;
   for (std::size_t i = 0; i < s.contributed; ++i)
     magnitude += max_magnitude(s.slot(static_cast<int>(i)));
+  s.faults.at(Point::computed, next);
   s.shared->seal(s.world.rank(), next);
+  s.faults.at(Point::sealed, next);
 
   // Every number stands at one rank and is zero at the others: adding them up is exact.
   std::vector<double> numbers(2 * s.losses.size() + 5 * ranks);
@@ -253,18 +266,22 @@ StepOutcome SharedWeights::decide(bool measure) {
 
 void SharedWeights::update(std::span<const std::byte> note) {
   State& s = *state_;
+  const std::uint64_t step = s.decided.step;
   if (s.world.rank() == 0) {
-    if (!note.empty()) copy_bytes(s.note(s.decided.step), note);
+    if (!note.empty()) copy_bytes(s.note(step), note);
     s.shared->decide(s.decided);
+    s.faults.at(Point::decided, step);  // the others do not know yet
   }
   s.group().barrier({.tag = "decided"});
+  s.faults.at(Point::decided, step);
   s.updater->run(s.decided, {s.contributions, s.spec.elements},
-                 static_cast<std::size_t>(s.world.rank()));
+                 static_cast<std::size_t>(s.world.rank()), s.faults_within(Point::updating, step));
   s.group().barrier({.tag = "updated"});
   s.shared->commit(s.decided);
   s.last = s.decided;
   s.refresh_integers();
   s.restore_buffers();
+  s.faults.at(Point::committed, step);
 }
 
 std::span<OptimizerOptions> SharedWeights::groups() const { return state_->groups; }

@@ -73,7 +73,7 @@ TreeLayout tree_layout(int virtual_ranks, int ranks) {
 
 SharedWeights::State::State(torch::nn::Module& module, const World& w,
                             std::span<const ParameterGroup> given, const SharedWeightsOptions& o)
-    : world(w), options(o), parts(parts_of(module, given)) {
+    : world(w), options(o), parts(parts_of(module, given)), faults(w) {
   for (const ParameterGroup& group : given) groups.push_back(group.options);
   parameters = make_layout(parts.trained);
   buffers = make_layout(parts.float_buffers);
@@ -163,8 +163,10 @@ void SharedWeights::State::finish_old_step() {
                                 place));
       ranks.push_back({reinterpret_cast<const float*>(bytes.data()), count});
     }
-    recover(*updater, plan, static_cast<std::size_t>(world.rank()), {ranks, spec.elements});
+    recover(*updater, plan, static_cast<std::size_t>(world.rank()), {ranks, spec.elements},
+            faults_within(Point::recovering, last.step));
   }
+  faults.at(Point::recovering, found.committed + 1);
   group().barrier({.tag = "recovery"});
   if (origin.finished_step) shared->commit(last);
 }

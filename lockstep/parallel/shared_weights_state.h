@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "lockstep/bridge/direct_gradients.h"
+#include "lockstep/cluster/fault_injector.h"
 #include "lockstep/memory/read_only.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/parallel/shared_weights.h"
@@ -80,6 +81,7 @@ struct SharedWeights::State {
   int direct_slot = -1;
   double integers_digest = 0;  // 0: nothing was computed
   std::vector<VirtualLoss> losses;
+  FaultInjector faults;
 
   State(torch::nn::Module& module, const World& world, std::span<const ParameterGroup> groups,
         const SharedWeightsOptions& options);
@@ -124,6 +126,7 @@ struct SharedWeights::State {
   void bear_gradients_in(int index);
   void collect(int index);
   void accumulate(const Compute& compute);
+  SliceUpdate::Hook faults_within(Point point, std::uint64_t step);
   void check_numbers(const RankNumbers& ranks);
   std::vector<StateTensor> state_tensors() const;
 };

@@ -29,8 +29,10 @@ struct CheckpointPlace {
   std::filesystem::path folder = {};
   bool resume = false;
 };
-// Trains the job on this rank. Emits events; the agent writes all files but checkpoints.
-void run_training(const World& world, const Job& job, const CheckpointPlace& checkpoints = {});
+// Trains the job on its data, on this rank. Emits events; the agent writes all files but
+// checkpoints.
+void run_training(const World& world, const Job& job, const RecipeData& data,
+                  const CheckpointPlace& checkpoints = {});
 
 // Applies the weights in `weights` to the rows of `data` ("": the job's own test set): CSV lines by
 // blocks of rows, each computed by one rank and sent to the agent as an event.

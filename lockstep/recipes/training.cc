@@ -228,8 +228,8 @@ void train_text(const World& world, const Job& job, const RecipeData& data,
 
 }  // namespace
 
-void run_training(const World& world, const Job& job, const CheckpointPlace& checkpoints) {
-  const RecipeData data = load_recipe_data(job);
+void run_training(const World& world, const Job& job, const RecipeData& data,
+                  const CheckpointPlace& checkpoints) {
   // Of an earlier run. Who comes in a later generation finds this one's.
   if (!checkpoints.folder.empty() && !checkpoints.resume && world.rank() == 0 &&
       generations_published(*world.segment()) == 0)

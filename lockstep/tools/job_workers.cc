@@ -51,7 +51,9 @@ struct Report {
 void run_worker_job(const WorkerJob& job) {
   AgentOptions options;
   options.workers = static_cast<int>(job.job.workers.count);
+  options.zygote = job.command == "train";
   options.command = {worker_program(), job.command};
+  if (options.zygote) options.command.insert(options.command.begin() + 1, "--zygote");
   options.environment = job.environment;
   options.environment["LOCKSTEP_JOB"] = to_toml(job.job);
   options.threads = static_cast<int>(job.job.workers.threads);

@@ -13,6 +13,7 @@
 #include "lockstep/cluster/agent.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/tools/commands.h"
+#include "lockstep/tools/inject_flags.h"
 
 namespace lockstep {
 namespace {
@@ -23,6 +24,7 @@ struct RunFlags {
   std::string master_addr = "127.0.0.1", role = "default", rdzv_id;
   int master_port = 0;  // 0: a free one
   std::string unused;
+  InjectFlags inject;
   bool standalone = false, no_python = false;
   int shutdown_timeout = 5;
 };
@@ -92,6 +94,7 @@ void add_flags(CLI::App& app, RunFlags& flags) {
   for (const char* name : {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-conf", "--monitor-interval",
                            "--start-method", "--local-addr", "--event-log-handler"})
     add(name, flags.unused, "without meaning here")->group(kWithoutMeaning);
+  add_inject_flags(app, flags.inject);
   for (const Refused& refused : kRefused) add_refused(app, refused);
 }
 
@@ -105,8 +108,7 @@ int worker_count(const std::string& text) {
                       "a number, or auto or cpu for one worker a core");
   int count = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
-  if (error != std::errc() || end != text.data() + text.size() || count < 1 ||
-      count > kMaxSeats)
+  if (error != std::errc() || end != text.data() + text.size() || count < 1 || count > kMaxSeats)
     throw ConfigError(
         fmt::format("--nproc-per-node {} is not a number from 1 to {}", text, kMaxSeats),
         "a number, or auto or cpu for one worker a core");
@@ -181,6 +183,7 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   options.master_addr = flags.master_addr;
   options.master_port = flags.master_port != 0 ? flags.master_port : free_port();
   options.segment = Segment::create({.seats = options.workers});
+  inject(flags.inject, options.workers, options.environment);
   options.grace = std::chrono::seconds(flags.shutdown_timeout);
   options.on_line = pass_on;
   options.console = &console();

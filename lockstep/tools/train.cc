@@ -13,6 +13,7 @@
 #include "lockstep/observe/status.h"
 #include "lockstep/tools/commands.h"
 #include "lockstep/tools/dashboard.h"
+#include "lockstep/tools/inject_flags.h"
 #include "lockstep/tools/job_workers.h"
 #include "lockstep/tools/output_folder.h"
 #include "lockstep/tools/snapshot_saver.h"
@@ -25,6 +26,7 @@ namespace fs = std::filesystem;
 struct TrainFlags {
   std::string name, workers, threads, epochs, data, output, report, resume, dashboard;
   std::vector<std::string> settings;
+  InjectFlags inject;
   bool quiet = false, overwrite = false;
 };
 
@@ -45,6 +47,7 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--report", flags.report, "a second copy of report.json");
   app.add_option("--dashboard", flags.dashboard,
                  "serve a live status page on this port of 127.0.0.1; 0: a free one, printed");
+  add_inject_flags(app, flags.inject);
   app.add_flag("--quiet", flags.quiet, "print nothing");
   app.add_flag("--overwrite", flags.overwrite, "replace the run in the output folder");
 }
@@ -152,6 +155,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   run.segment = Segment::create({.seats = workers});
   run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
   if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
+  inject(flags.inject, workers, run.environment);
   SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);
   RunLog log({.output = folder.path(),
               .report_copy = flags.report,

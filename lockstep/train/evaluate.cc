@@ -32,6 +32,7 @@ Evaluation evaluate(const World& world, const Task& task, const BatchSource& dat
       results[3 * b + 1] = loss.weight;
       if (task.correct)
         results[3 * b + 2] = static_cast<double>(task.correct(output, batch.target));
+      world.made_progress();
     }
   }
   task.module->train(was_training);

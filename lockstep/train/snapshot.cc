@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -23,8 +24,13 @@ Snapshots::Snapshots(const World& world, const std::vector<NamedTensor>& tensors
     offsets_.push_back(bytes);
     bytes += (named.tensor.nbytes() + kAlignment - 1) / kAlignment * kAlignment;
   }
-  for (const char* name : {"a snapshot of the model", "another snapshot of the model"})
+  for (const char* name : {"a snapshot of the model", "another snapshot of the model"}) {
     areas_.push_back(world.lasting(name, bytes));
+    // The numbers of earlier generations are not used again: the agent may still be reading one.
+    std::uint64_t last;
+    std::memcpy(&last, areas_.back().data(), sizeof last);
+    writes_ = std::max(writes_, (last + 1) / 2);
+  }
 }
 
 void Snapshots::write(std::int64_t epoch) {

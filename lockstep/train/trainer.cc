@@ -28,8 +28,9 @@ constexpr const char* kPreempted = "the job was asked to stop";
 
 // What one rank's fit() keeps from one generation to the next.
 struct Session {
-  explicit Session(const World& world) : timer(world), kept(world.claim_kept()) {}
+  explicit Session(const World& world) : timer(world), faults(world), kept(world.claim_kept()) {}
   PhaseTimer timer;
+  FaultInjector faults;
   const int kept;  // of the shared weights
   std::optional<CheckpointWriter> checkpoints;
   bool in_step = false;  // computing one that is not committed
@@ -57,6 +58,7 @@ class Run {
   void write_snapshot();
   nlohmann::json ready() const;
   void take_up();
+  void tell_recovered();
   void report_step(const StepOutcome& result);
   void report_epoch();
 
@@ -76,7 +78,7 @@ class Run {
   bool stopped_ = false;          // by a callback
   bool next_generation_ = false;  // is due
   bool preempted_ = false;
-  nlohmann::json recovered_;  // what to tell once a step is committed; null: nothing
+  nlohmann::json recovered_;  // to be told once a step is committed, or none is left
   double lr_ = 0;             // of the last step
   double loss_ = 0;           // of the last step, its mean
   Clock::time_point next_progress_{}, next_times_ = Clock::now() + kTimesInterval;
@@ -182,6 +184,7 @@ std::optional<FitReport> Run::go() {
   world_.events().emit(rank_event(world_, session_.timer));
   const auto epochs = static_cast<std::int64_t>(progress_.epochs.size());
   if (world_.rank() == 0) {
+    tell_recovered();  // there was no step left
     nlohmann::json event = finished_event(reason, epochs, progress_.step);
     if (preempted_) event["preempted"] = true;
     world_.events().emit(event);
@@ -292,6 +295,7 @@ std::string Run::end_epoch() {
 
 void Run::evaluate_into(EpochSummary& summary) {
   const Clock::time_point started = Clock::now();
+  session_.faults.at(Point::evaluating, static_cast<std::uint64_t>(progress_.step));
   const Evaluation evaluation = evaluate(world_, task_, *test_, options_.evaluation_batch_size);
   summary.evaluated = true;
   summary.test_loss = evaluation.loss;
@@ -329,6 +333,13 @@ nlohmann::json Run::ready() const {
   return event;
 }
 
+void Run::tell_recovered() {
+  if (recovered_.is_null()) return;
+  recovered_["step"] = progress_.step;
+  recovered_["clock"] = monotonic_clock();
+  world_.events().emit(std::exchange(recovered_, nullptr));
+}
+
 void Run::report_step(const StepOutcome& result) {
   const Clock::time_point now = Clock::now();
   if (now >= next_times_) {
@@ -337,11 +348,7 @@ void Run::report_step(const StepOutcome& result) {
   }
   if (world_.rank() != 0) return;
   if (std::exchange(session_.first_step, false)) world_.events().emit(first_step_event());
-  if (!recovered_.is_null()) {
-    recovered_["step"] = progress_.step;
-    recovered_["clock"] = monotonic_clock();
-    world_.events().emit(std::exchange(recovered_, nullptr));
-  }
+  tell_recovered();
   if (now < next_progress_) return;
   next_progress_ = now + kProgressInterval;
   world_.events().emit({{"event", "step"},

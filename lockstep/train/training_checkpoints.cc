@@ -87,7 +87,7 @@ InitialState initial_state(const FoundCheckpoint& found) {
 }
 
 CheckpointWriter::CheckpointWriter(World world, const TrainerOptions& options, JobSettings job)
-    : world_(std::move(world)), options_(options), job_(std::move(job)) {}
+    : world_(std::move(world)), options_(options), job_(std::move(job)), faults_(world_) {}
 
 void CheckpointWriter::save(const SharedWeights& weights, const Progress& progress, bool always) {
   const bool wanted = options_.checkpoint_every_epochs > 0 || options_.checkpoint_every_steps > 0;
@@ -104,6 +104,7 @@ void CheckpointWriter::save(const SharedWeights& weights, const Progress& progre
   for (const StateTensor& tensor : weights.state_tensors())
     contents.tensors.push_back({tensor.name, tensor.dtype, tensor.shape, tensor.bytes});
   saver_->save(contents, best);
+  faults_.at(Point::checkpoint, step);
   if (options_.callbacks.on_checkpoint)
     options_.callbacks.on_checkpoint({.step = progress.step,
                                       .path = checkpoint_path(options_.checkpoint_dir, step),

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lockstep/checkpoint/async_saver.h"
+#include "lockstep/cluster/fault_injector.h"
 #include "lockstep/cluster/world.h"
 #include "lockstep/parallel/shared_weights.h"
 #include "lockstep/train/progress.h"
@@ -46,6 +47,7 @@ class CheckpointWriter {
   const World world_;
   const TrainerOptions options_;
   const JobSettings job_;
+  FaultInjector faults_;
   std::optional<AsyncSaver> saver_;
 };
 

@@ -180,7 +180,30 @@ def test_more_than_is_kept_comes_whole(folder):
 
 WORKER = textwrap.dedent("""\
     #!/usr/bin/env python3
-    import json, os, signal, struct, sys
+    import array, json, os, signal, socket, struct, sys
+    zygote = socket.socket(fileno=int(os.environ["LOCKSTEP_ZYGOTE_FD"]))
+    while True:  # forks workers
+        data, ancillary, _, _ = zygote.recvmsg(1 << 16, socket.CMSG_SPACE(16))
+        if not data:
+            sys.exit(0)
+        fds = array.array("i", ancillary[0][2])
+        between = os.fork()
+        if between:
+            os.waitpid(between, 0)
+            for fd in fds:
+                os.close(fd)
+            continue
+        worker = os.fork()
+        if worker:
+            os.setpgid(worker, worker)
+            zygote.send(struct.pack("<i", worker))
+            os._exit(0)
+        zygote.close()
+        os.dup2(fds[0], 1)
+        os.dup2(fds[1], 2)
+        os.environ.update(each.split("=", 1) for each in data.decode().split("\\0")[:-1])
+        os.environ["LOCKSTEP_EVENT_FD"] = str(fds[2])
+        break
     RANK = int(os.environ["RANK"])
     def send(event, **members):
         data = json.dumps({"event": event, **members}).encode()
