@@ -71,6 +71,9 @@ void ControlClient::State::follow_connection() {
         break;
       case ZMQ_EVENT_HANDSHAKE_FAILED_AUTH:
         throw CommError(fmt::format("{} refuses this key: it is another job's", endpoint));
+      case ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL:  // ZeroMQ does not try again after that
+        broken_handshakes = kBrokenHandshakes;
+        break;
       default:
         ++broken_handshakes;
     }
