@@ -24,7 +24,6 @@ namespace {
 constexpr Clock::duration kProgressInterval = std::chrono::milliseconds(100);
 constexpr Clock::duration kTimesInterval = std::chrono::seconds(1);
 constexpr const char* kByCallback = "a callback";
-constexpr const char* kPreempted = "the job was asked to stop";
 
 // What one rank's fit() keeps from one generation to the next.
 struct Session {
@@ -228,7 +227,7 @@ std::string Run::run_steps() {
     if (last) break;
     if (stops || preempted_) {
       write_snapshot();
-      return preempted_ ? kPreempted : kByCallback;
+      return preempted_ ? kAskedToStop : kByCallback;
     }
     if (next_generation_) break;
   }
@@ -283,8 +282,8 @@ std::string Run::end_epoch() {
     stopped_ |= any_rank_stops(again || options_.callbacks.on_epoch(summary));
   }
   if (stopped_ && reason.empty()) reason = kByCallback;
-  if (preempted_ && reason.empty()) reason = kPreempted;
-  preempted_ = reason == kPreempted;
+  if (preempted_ && reason.empty()) reason = kAskedToStop;
+  preempted_ = reason == kAskedToStop;
   if (weights_.is_finite()) {  // else the next step says so, and ends
     write_snapshot();
     save_epoch(reason);
