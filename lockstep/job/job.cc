@@ -328,6 +328,9 @@ void Builder::resolve_batch() {
                   train.virtual_ranks),
       fmt::format("at most {} workers, or a higher train.virtual_ranks (which changes the result)",
                   train.virtual_ranks));
+  require(job_.workers.min <= job_.workers.count, "workers.min",
+          fmt::format("{} is more than workers.count, {}", job_.workers.min, job_.workers.count),
+          "--workers MIN:MAX sets both");
   require(
       train.virtual_ranks <= train.global_batch_size,
       level_of("train.virtual_ranks") == Level::defaults ? "workers.count" : "train.virtual_ranks",

@@ -92,8 +92,10 @@ struct CheckpointSettings {
 };
 struct WorkerSettings {
   std::int64_t count = 1;
-  std::int64_t threads = 1;  // intra-op, each
-  double timeout_s = 300.0;  // of every collective
+  std::int64_t min = 0;          // that the job can go on with; 0: count
+  std::int64_t threads = 1;      // intra-op, each
+  double timeout_s = 300.0;      // of every collective
+  double hang_timeout_s = 60.0;  // 0: who hangs is not looked for
 };
 
 struct Job {

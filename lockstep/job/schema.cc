@@ -186,9 +186,14 @@ const std::vector<Key>& schema() {
        "how many of the last ones stay, besides the best one"},
 
       {KEY(workers.count), between(1, 1024), "processes"},
+      {KEY(workers.min), between(0, 1024),
+       "processes that the job can go on with; 0: workers.count"},
       {KEY(workers.threads), between(1, 1024), "threads inside each operation, each worker"},
       {KEY(workers.timeout_s), above_0(1e6),
        "seconds that a collective waits for the slowest worker"},
+      {KEY(workers.hang_timeout_s), between(0, 1e6),
+       "a worker that makes no progress for so many seconds while the others wait for it is "
+       "replaced; 0: never"},
   };
   return keys;
 }
@@ -314,7 +319,7 @@ std::string to_toml(const Job& job) {
 std::vector<std::pair<std::string, std::string>> result_settings(const Job& job) {
   std::vector<std::pair<std::string, std::string>> settings;
   for (const job::Key& key : job::schema())
-    if (key.written && key.name != "workers.count" && key.name != "workers.timeout_s" &&
+    if (key.written && (!key.name.starts_with("workers.") || key.name == "workers.threads") &&
         key.name != "train.print_test_loss" && !key.name.starts_with("checkpoint."))
       settings.emplace_back(key.name, job::value_as_toml(key, job));
   return settings;

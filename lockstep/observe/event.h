@@ -20,6 +20,18 @@
 //     other}, total_s, cpu_s, peak_memory_bytes (so far: at most one a second, and at the end)
 //   finished: reason, epochs, steps
 //   error: rank, kind: "config" | "run" | "comm", message
+// Of a worker that can go on in another generation (cluster/world.h):
+//   elastic: (once, that it is one)
+//   join: (it is ready to be a member)
+//   comm_error: generation, message
+//   recovered: generation, step, steps_redone, source, clock; from rank 0, after the first step in
+//     another generation
+// The agent's own, with rank -1:
+//   generation: generation, ranks: [{rank, seat, pid}], reason, clock
+//   worker: seat, rank (-1: not a member), pid, state: "starting" | "ready" | "member" | "ended",
+//     cause, clock
+//   recovery: rank, cause, seconds, step, steps_redone, source, generation, rejoined_seconds (null:
+//     nobody has taken its place)
 #pragma once
 
 #include <cstddef>
@@ -31,6 +43,7 @@
 
 namespace lockstep {
 
+inline constexpr const char* kAskedToStop = "the job was asked to stop";  // in "finished"
 inline constexpr std::size_t kMaxEventBytes = std::size_t{16} << 20;
 
 // Where a worker's events go. Not thread-safe: one thread emits.

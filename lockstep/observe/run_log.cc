@@ -160,6 +160,10 @@ void RunLog::on_event(int rank, const nlohmann::json& event) {
     if (!files_made()) throw Error(kind + " reported before the workers were ready");
     state.log_scalars(event, kind == "epoch");
     if (kind == "epoch") print_line(epoch_line(state.run));
+  } else if (kind == "recovery") {
+    print_line(recovery_line(state.run));
+  } else if (kind == "generation" && event.at("generation") > 0) {
+    print_line(event.at("reason").get_ref<const std::string&>());
   } else if (kind == "message") {
     print_line(event.at("text").get_ref<const std::string&>());
   } else if (kind == "injected") {

@@ -110,6 +110,8 @@ void RunRecord::take(const nlohmann::json& event) {
     clock += record.evaluation_seconds;
   } else if (kind == "rank") {
     ranks[event.at("rank").get<int>()] = event;
+  } else if (kind == "recovery") {
+    recoveries.push_back(event);
   } else if (kind == "solution") {
     solution = event.at("values");
   } else if (kind == "finished") {
@@ -162,6 +164,18 @@ std::string epoch_line(const RunRecord& run) {
   if (epoch.test_accuracy) text += fmt::format("  accuracy {:.2f} %", 100 * *epoch.test_accuracy);
   return text + fmt::format("  {:.2f} s  {} samples/s", epoch.seconds,
                             words_for_count(epoch.samples_per_s));
+}
+
+std::string recovery_line(const RunRecord& run) {
+  const nlohmann::json& recovery = run.recoveries.back();
+  const double rejoined = number_in(recovery, "rejoined_seconds");
+  return fmt::format("recovered: rank {}, {}: next step after {:.2f} s, {} redone, from {}; {}",
+                     recovery.at("rank").get<int>(), recovery.at("cause").get<std::string>(),
+                     recovery.at("seconds").get<double>(),
+                     words_for_count(recovery.at("steps_redone").get<double>()),
+                     recovery.at("source").get<std::string>(),
+                     std::isnan(rejoined) ? std::string("not replaced")
+                                          : fmt::format("replaced after {:.2f} s", rejoined));
 }
 
 std::string closing_tables(const RunRecord& run, double total_s) {
@@ -230,6 +244,12 @@ nlohmann::ordered_json report_of(const RunRecord& run, double total_s,
   report["weights_sha256"] = weights_sha256.empty() ? Json() : Json(weights_sha256);
   report["stopped_because"] = run.stopped_because;
   if (!run.solution.is_null()) report["solution"] = Json(run.solution);
+  report["recoveries"] = Json::array();
+  for (const nlohmann::json& event : run.recoveries) {
+    Json recovery = Json(event);
+    recovery.erase("event");
+    report["recoveries"].push_back(std::move(recovery));
+  }
   report["ranks"] = Json::array();
   for (const auto& [rank, event] : run.ranks) {
     const double total = event.at("total_s"), cpu = event.at("cpu_s");

@@ -31,6 +31,7 @@ struct RunRecord {
   std::vector<nlohmann::json> resumed_epochs;  // their events
   std::vector<EpochRecord> epochs;             // those included
   std::map<int, nlohmann::json> ranks;         // the "rank" events
+  std::vector<nlohmann::json> recoveries;      // the "recovery" events
   nlohmann::json solution;
   std::string stopped_because;
   std::optional<double> first_step_clock;
@@ -60,6 +61,7 @@ double number_in(const nlohmann::json& event, const char* member);
 std::string describe_start(const RunRecord& run);  // title, samples, parameters: whole lines
 std::string progress_line(const RunRecord& run, int columns);  // at most `columns` wide
 std::string epoch_line(const RunRecord& run);                  // of the last epoch
+std::string recovery_line(const RunRecord& run);               // of the last recovery
 std::string closing_tables(const RunRecord& run, double total_s);
 nlohmann::ordered_json report_of(const RunRecord& run, double total_s,
                                  const std::string& weights_sha256);

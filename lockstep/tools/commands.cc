@@ -9,12 +9,23 @@
 #include "lockstep/cluster/flight_recorder.h"
 #include "lockstep/cluster/spawn.h"
 #include "lockstep/job/nearest.h"
+#include "lockstep/memory/segment.h"
 
 namespace lockstep {
 
 Interrupted::Interrupted(int signal)
     : Error("ended by signal " + std::to_string(signal) + " (" + signal_name(signal) + ")"),
       signal_(signal) {}
+
+std::pair<std::string, std::string> split_range(const std::string& text) {
+  const std::size_t colon = text.find(':');
+  if (colon == std::string::npos) return {"", text};
+  return {text.substr(0, colon), text.substr(colon + 1)};
+}
+
+int seats_for(int most, int standby, bool replaces) {
+  return std::min((replaces ? 2 : 1) * most + standby, kMaxSeats);
+}
 
 std::string both_spellings(std::string_view name) {
   std::string underscores(name);

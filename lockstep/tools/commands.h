@@ -43,6 +43,17 @@ class Interrupted : public Error {
   int signal_;
 };
 
+// The job was asked to stop, and has saved what it reached. Exit code 75, EX_TEMPFAIL of sysexits.h.
+inline constexpr int kExitPreempted = 75;
+class Preempted : public Error {
+ public:
+  using Error::Error;
+};
+
+// "2:4" -> {"2", "4"}; "4" -> {"", "4"}.
+std::pair<std::string, std::string> split_range(const std::string& text);
+// How many places the segment of a job needs: a worker that replaces another takes another.
+int seats_for(int most, int standby, bool replaces);
 // "--name" in torchrun's two spellings: "--nproc-per-node,--nproc_per_node".
 std::string both_spellings(std::string_view name);
 // The group of flags that are taken but mean nothing here.

@@ -38,6 +38,7 @@ struct Report {
   if (const Report* config = reported("config")) throw ConfigError(config->message);
   if (const Report* run = reported("run")) throw Error(run->message);
   if (result.signal != 0) throw Interrupted(result.signal);
+  if (result.stopped) throw Error("the job was ended by a request, before it could save");
   LOCKSTEP_CHECK(result.failure.has_value());
   const Report* comm = reported("comm");
   if (comm != nullptr && comm->rank == result.failure->rank)
@@ -48,7 +49,7 @@ struct Report {
 
 }  // namespace
 
-void run_worker_job(const WorkerJob& job) {
+bool run_worker_job(const WorkerJob& job) {
   AgentOptions options;
   options.workers = static_cast<int>(job.job.workers.count);
   options.zygote = job.command == "train";
@@ -58,11 +59,25 @@ void run_worker_job(const WorkerJob& job) {
   options.environment["LOCKSTEP_JOB"] = to_toml(job.job);
   options.threads = static_cast<int>(job.job.workers.threads);
   options.segment = job.segment;
+  const WorkerSettings& settings = job.job.workers;
+  const auto duration = [](double value) {
+    return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+  };
+  options.elastic = job.elastic.elastic;
+  options.least = static_cast<int>(settings.min);
+  options.standby = job.elastic.standby;
+  options.max_restarts = job.elastic.max_restarts;
+  options.restart_window = duration(job.elastic.restart_window_s);
+  if (job.elastic.elastic) {
+    options.hang_timeout = duration(settings.hang_timeout_s);
+    options.start_timeout = duration(settings.timeout_s);
+  }
   options.console = &console();
   options.on_line = job.on_line;
   options.on_tick = job.on_tick;
   std::map<std::string, Report> errors;  // by kind, the first of each
   options.on_event = [&](int rank, const nlohmann::json& event) {
+    if (event.at("event") == "recovered") errors.clear();  // of those that were replaced
     if (event.at("event") == "error")
       errors.try_emplace(event.at("kind"), Report{rank, event.at("message")});
     else
@@ -70,6 +85,7 @@ void run_worker_job(const WorkerJob& job) {
   };
   const AgentResult result = run_agent(options);
   if (!result.ok) throw_cause(result, errors);
+  return result.stopped;
 }
 
 }  // namespace lockstep

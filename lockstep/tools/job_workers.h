@@ -13,19 +13,28 @@
 
 namespace lockstep {
 
+// Where workers that die or hang are replaced.
+struct ElasticSettings {
+  bool elastic = false;
+  int standby = 0, max_restarts = 0;
+  double restart_window_s = 60;
+};
+
 struct WorkerJob {
   std::string command;  // what lockstep-worker does: "train", "predict"
   Job job;
   Environment environment;  // more than LOCKSTEP_JOB
+  ElasticSettings elastic = {};
   std::shared_ptr<Segment> segment;
-  std::function<void(int rank, const nlohmann::json& event)> on_event;  // all but errors
+  std::function<void(int rank, const nlohmann::json& event)> on_event;  // all but errors; the
+                                                                        // agent's own have rank -1
   std::function<void(int rank, bool error, std::string_view line)> on_line;
   std::function<void()> on_tick;
 };
 
-// Returns when every worker has ended well. Throws what ended the job: ConfigError (a worker found
-// the input wrong), Error (the run failed, a worker died: rank, pid, cause, last words),
-// Interrupted.
-void run_worker_job(const WorkerJob& job);
+// Returns when every worker has ended well; true: because the job was asked to stop. Throws what
+// ended the job: ConfigError (a worker found the input wrong), Error (the run failed, a worker
+// died: rank, pid, cause, last words), Interrupted.
+bool run_worker_job(const WorkerJob& job);
 
 }  // namespace lockstep

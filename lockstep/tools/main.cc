@@ -93,6 +93,8 @@ int main(int argc, char** argv) {
     return code;
   } catch (const ConfigError& error) {
     return failed(error, kExitBadInput);
+  } catch (const Preempted& error) {
+    return failed(error, kExitPreempted);
   } catch (const Interrupted& error) {
     return failed(error, 128 + error.signal());
   } catch (const std::exception& error) {

@@ -8,6 +8,7 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "lockstep/cluster/agent.h"
@@ -20,7 +21,8 @@ namespace {
 
 struct RunFlags {
   std::string workers = "1", nodes = "1";
-  int node_rank = 0, max_restarts = 0;
+  int node_rank = 0, max_restarts = 0, standby = 0;
+  double restart_window_s = 60, hang_timeout_s = 60;
   std::string master_addr = "127.0.0.1", role = "default", rdzv_id;
   int master_port = 0;  // 0: a free one
   std::string unused;
@@ -79,10 +81,20 @@ void add_flags(CLI::App& app, RunFlags& flags) {
   const auto add = [&](const char* name, auto& value, const char* meaning) {
     return app.add_option(both_spellings(name), value, meaning)->capture_default_str();
   };
-  add("--nproc-per-node", flags.workers, "workers: a number, or auto or cpu for one a core");
+  add("--nproc-per-node", flags.workers,
+      "workers: a number, or auto or cpu for one a core; MIN:MAX where the program is elastic");
   add("--nnodes", flags.nodes, "nodes; only 1 in this version");
   add("--node-rank", flags.node_rank, "only 0");
-  add("--max-restarts", flags.max_restarts, "only 0");
+  add("--max-restarts", flags.max_restarts,
+      "how often workers are started again: one that died where the program is elastic, else all")
+      ->check(CLI::NonNegativeNumber);
+  add("--restart-window", flags.restart_window_s, "elastic: seconds that they are counted within")
+      ->check(CLI::PositiveNumber);
+  add("--standby", flags.standby, "elastic: workers more that are ready to fill in")
+      ->check(CLI::Range(0, kMaxSeats / 2));
+  add("--hang-timeout", flags.hang_timeout_s,
+      "elastic: seconds without progress until a worker is replaced; 0: never")
+      ->check(CLI::NonNegativeNumber);
   add("--master-addr", flags.master_addr, "told to the workers as MASTER_ADDR");
   add("--master-port", flags.master_port, "told to the workers as MASTER_PORT; 0: a free one");
   add("--role", flags.role, "told to the workers as ROLE_NAME");
@@ -122,10 +134,6 @@ void refuse_what_is_missing(const RunFlags& flags) {
   if (flags.node_rank != 0)
     throw ConfigError(fmt::format("--node-rank {}: this version runs on one node", flags.node_rank),
                       "leave it out");
-  if (flags.max_restarts != 0)
-    throw ConfigError(
-        fmt::format("--max-restarts {}: this version does not restart workers", flags.max_restarts),
-        "leave it out");
   if (flags.shutdown_timeout < 0)
     throw ConfigError(fmt::format("--shutdown-timeout {} is negative", flags.shutdown_timeout));
   if (flags.master_port < 0 || flags.master_port > 65535)
@@ -158,6 +166,16 @@ void pass_on(int rank, bool error, std::string_view line) {
   check_streams();
 }
 
+// What the agent does about workers that it has lost.
+void pass_on_news(int rank, const nlohmann::json& event) {
+  if (rank >= 0) return;
+  const std::string& kind = event.at("event").get_ref<const std::string&>();
+  if (kind == "generation" && event.at("generation") > 0)
+    console().write(true, fmt::format("lockstep: {}\n", event.at("reason").get<std::string>()));
+  if (kind == "message")
+    console().write(true, fmt::format("lockstep: {}\n", event.at("text").get<std::string>()));
+}
+
 }  // namespace
 
 int run_command(const std::vector<std::string>& arguments, const Start&) {
@@ -176,21 +194,38 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
     throw ConfigError("no program given", "lockstep run --nproc-per-node 2 ./my_program");
 
   AgentOptions options;
-  options.workers = worker_count(flags.workers);
+  const auto [least, most] = split_range(flags.workers);
+  options.workers = worker_count(most);
+  if (!least.empty()) options.least = worker_count(least);
+  if (options.least > options.workers)
+    throw ConfigError(fmt::format("--nproc-per-node {}: MIN is more than MAX", flags.workers));
+  const auto duration = [](double value) {
+    return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+  };
+  options.standby = flags.standby;
+  options.max_restarts = flags.max_restarts;
+  options.restart_window = duration(flags.restart_window_s);
+  options.hang_timeout = duration(flags.hang_timeout_s);
+  options.restart_all = true;
   options.command = command;
   options.environment["ROLE_NAME"] = flags.role;
   if (!flags.rdzv_id.empty()) options.environment["TORCHELASTIC_RUN_ID"] = flags.rdzv_id;
   options.master_addr = flags.master_addr;
   options.master_port = flags.master_port != 0 ? flags.master_port : free_port();
-  options.segment = Segment::create({.seats = options.workers});
+  options.segment =
+      Segment::create({.seats = seats_for(options.workers, flags.standby,
+                                          flags.max_restarts > 0 || options.least > 0)});
   inject(flags.inject, options.workers, options.environment);
   options.grace = std::chrono::seconds(flags.shutdown_timeout);
   options.on_line = pass_on;
+  options.on_event = pass_on_news;
   options.console = &console();
   const AgentResult result = run_agent(options);
+  if (result.ok && result.stopped) throw Preempted("stopped as asked, and saved");
   if (result.signal != 0) throw Interrupted(result.signal);
   if (result.failure) {
-    print_flight_record(*options.segment, fmt::format("flight_recorder-{}.json", ::getpid()));
+    print_flight_record(result.segment ? *result.segment : *options.segment,
+                        fmt::format("flight_recorder-{}.json", ::getpid()));
     throw Error(describe(*result.failure));
   }
   console().flush(Deadline::never());

@@ -9,6 +9,7 @@
 
 #include "lockstep/base/file.h"
 #include "lockstep/job/job.h"
+#include "lockstep/observe/event.h"
 #include "lockstep/observe/run_log.h"
 #include "lockstep/observe/status.h"
 #include "lockstep/tools/commands.h"
@@ -24,8 +25,9 @@ namespace {
 namespace fs = std::filesystem;
 
 struct TrainFlags {
-  std::string name, workers, threads, epochs, data, output, report, resume, dashboard;
+  std::string name, workers, threads, epochs, data, output, report, resume, hang_timeout, dashboard;
   std::vector<std::string> settings;
+  ElasticSettings elastic{.elastic = true, .max_restarts = 10};
   InjectFlags inject;
   bool quiet = false, overwrite = false;
 };
@@ -34,7 +36,21 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.option_defaults()->take_last();
   app.add_option("NAME", flags.name,
                  fmt::format("a job file, or a recipe: {}", fmt::join(recipe_names(), ", ")));
-  app.add_option("--workers", flags.workers, "processes (workers.count)");
+  app.add_option("--workers", flags.workers,
+                 "processes (workers.count); MIN:MAX: goes on with MIN, has MAX where it can");
+  app.add_option("--max-restarts", flags.elastic.max_restarts,
+                 "workers that die or hang are replaced, so many within the window; 0: one's "
+                 "death ends the run")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--restart-window", flags.elastic.restart_window_s, "seconds")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--standby", flags.elastic.standby, "workers more that are ready to fill in")
+      ->check(CLI::Range(0, kMaxSeats / 2))
+      ->capture_default_str();
+  app.add_option("--hang-timeout", flags.hang_timeout,
+                 "seconds without progress until a worker is replaced (workers.hang_timeout_s)");
   app.add_option("--threads", flags.threads, "of each worker (workers.threads)");
   app.add_option("--epochs", flags.epochs, "passes over the data (train.epochs)");
   app.add_option("--data", flags.data, "folder or file with the data");
@@ -76,7 +92,10 @@ std::vector<Override> overrides_of(const TrainFlags& flags) {
   const auto add = [&](const char* key, const std::string& value, const char* flag) {
     if (!value.empty()) overrides.push_back({key, value, flag});
   };
-  add("workers.count", flags.workers, "--workers");
+  const auto [least, most] = split_range(flags.workers);
+  add("workers.count", most, "--workers");
+  if (!flags.workers.empty()) add("workers.min", least.empty() ? "0" : least, "--workers");
+  add("workers.hang_timeout_s", flags.hang_timeout, "--hang-timeout");
   add("workers.threads", flags.threads, "--threads");
   add("train.epochs", flags.epochs, "--epochs");
   if (!flags.data.empty()) add("data", quoted(flags.data), "--data");
@@ -152,7 +171,9 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   WorkerJob run;
   run.command = "train";
   run.job = job;
-  run.segment = Segment::create({.seats = workers});
+  run.elastic = flags.elastic;
+  run.segment = Segment::create(
+      {.seats = seats_for(workers, flags.elastic.standby, flags.elastic.max_restarts > 0)});
   run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
   if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
   inject(flags.inject, workers, run.environment);
@@ -169,7 +190,9 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
               .title = title_of(job),
               .clock = monotonic_seconds,
               .print = print});
+  std::string ended_because;
   run.on_event = [&](int rank, const nlohmann::json& event) {
+    if (event.at("event") == "finished") ended_because = event.at("reason");
     if (event.at("event") == "snapshot") snapshots.take(event);
     if (event.at("event") == "ready" && !log.files_made()) folder.begin(to_toml(job));
     log.on_event(rank, event);
@@ -189,10 +212,15 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
     if (page) page->tick();
   };
   try {
-    run_worker_job(run);
+    const bool asked_to_stop = run_worker_job(run);
     if (!log.files_made()) throw Error("the workers ended without having trained");
     snapshots.save();
     if (snapshots.sha256().empty()) throw Error("the workers ended without a model");
+    if (asked_to_stop && ended_because == kAskedToStop)
+      throw Preempted(
+          fmt::format("stopped as asked, and saved; go on with: lockstep train "
+                      "--resume {}",
+                      folder.path().string()));
     log.finish(snapshots.sha256(), {folder.path() / "job.toml", snapshots.file()});
   } catch (const std::exception& error) {
     const std::string reason = error.what();
@@ -204,6 +232,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
     log.fail(reason, snapshots.sha256());
     if (page) page->take(-1, {{"event", "end"}, {"failed", reason}}), page->tick();
     const bool failed = dynamic_cast<const Interrupted*>(&error) == nullptr &&
+                        dynamic_cast<const Preempted*>(&error) == nullptr &&
                         dynamic_cast<const ConfigError*>(&error) == nullptr;
     if (failed && log.files_made())
       print_flight_record(*run.segment, folder.path() / "flight_recorder.json");

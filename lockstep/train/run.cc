@@ -16,7 +16,6 @@ namespace {
 
 constexpr Clock::duration kProgressInterval = std::chrono::milliseconds(100);
 constexpr const char* kByCallback = "a callback";
-constexpr const char* kPreempted = "the job was asked to stop";
 
 std::vector<NamedTensor> snapshot_tensors(const SharedWeights& weights,
                                           const TrainerOptions& options) {
@@ -165,7 +164,7 @@ std::string Run::run_steps() {
     if (last) break;
     if (stops || preempted_) {
       write_snapshot();
-      return preempted_ ? kPreempted : kByCallback;
+      return preempted_ ? kAskedToStop : kByCallback;
     }
     if (next_generation_) break;
   }
@@ -220,8 +219,8 @@ std::string Run::end_epoch() {
     stopped_ |= any_rank_stops(again || options_.callbacks.on_epoch(summary));
   }
   if (stopped_ && reason.empty()) reason = kByCallback;
-  if (preempted_ && reason.empty()) reason = kPreempted;
-  preempted_ = reason == kPreempted;
+  if (preempted_ && reason.empty()) reason = kAskedToStop;
+  preempted_ = reason == kAskedToStop;
   if (weights_.is_finite()) {  // else the next step says so, and ends
     write_snapshot();
     save_epoch(reason);
