@@ -28,6 +28,7 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr std::size_t kThreads = 4, kMostWaiting = 32, kMostRequestBytes = 8192;
+constexpr int kMostInKernel = 64;
 constexpr Clock::duration kMostTime = 3s;  // a whole connection
 constexpr Clock::duration kMostOften = 200ms, kIdle = 2s;
 
@@ -87,7 +88,7 @@ class BoundedStream : public httplib::Stream {
   std::size_t next_ = 0;
 };
 
-// Full, it leaves connections in the kernel's queue, which is short: no client makes this process
+// Full, it leaves connections in the kernel's queue: no client makes this process
 // hold more than kThreads + kMostWaiting + 1 descriptors.
 class BoundedQueue : public httplib::TaskQueue {
  public:
@@ -258,9 +259,11 @@ Dashboard::Dashboard(const std::string& place, const std::string& flag, double s
   const int wanted = port_of(place, flag);
   state.server.new_task_queue = [] { return new BoundedQueue; };
   // Without this the library shares a port with whoever listens on it already.
-  state.server.set_socket_options([](socket_t socket) {
+  int listening = -1;
+  state.server.set_socket_options([&listening](socket_t socket) {
     const int yes = 1;
     ::setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    listening = socket;
   });
   state.route();
   errno = 0;
@@ -271,6 +274,8 @@ Dashboard::Dashboard(const std::string& place, const std::string& flag, double s
     throw ConfigError(fmt::format("{} {}: cannot listen on 127.0.0.1:{}: {}", flag, place, wanted,
                                   errno_text(errno)),
                       flag + " 0 takes a free port");
+  // The library's queue of 5 in the kernel makes a browser's burst wait for a second or more.
+  ::listen(listening, kMostInKernel);
   without_signals([&] {
     state.thread = std::thread([&state] {
       state.server.listen_after_bind();
