@@ -56,5 +56,27 @@ def test_trainer_resumes_on_another_number_of_workers(folder):
     contains(again.err, "going on from step 128")
 
 
+def test_elastic_ends_with_the_same_weights_whoever_dies(_):
+    program = [f"{BUILD}/example-elastic", 300]
+
+    def weights(*arguments):
+        ran = run(LOCKSTEP, "run", *arguments, *program)
+        (found,) = re.findall(r"300 steps on (\d) workers, generation (\d+): weights (\w{16})",
+                              ran.out)
+        return ran.out + ran.err, int(found[0]), int(found[1]), found[2]
+
+    _, size, generation, whole = weights("--nproc-per-node", 2)
+    equal((size, generation), (2, 0), "undisturbed")
+    struck = ["--max-restarts", 9, "--inject", "kill rank=1 step=40", "--inject",
+              "kill rank=0 step=200 when=decided"]
+    said, size, generation, same = weights("--nproc-per-node", 2, *struck)
+    equal((size, same), (2, whole), "killed twice")
+    assert generation >= 2, said
+    contains(said, "killed by signal 9 (SIGKILL)")
+    said, size, _, same = weights("--nproc-per-node", "1:2", "--max-restarts", 0, "--inject",
+                                  "kill rank=0 step=100")
+    equal((size, same), (1, whole), "going on with one")
+
+
 if __name__ == "__main__":
     main(globals())

@@ -145,7 +145,7 @@ def test_resnet18(folder):
 
 
 def test_gpt_on_text(folder):
-    text = equal_on(folder, GPT, os.path.join(ROOT, "docs"), [1, 2, 4])
+    text = equal_on(folder, GPT, os.path.join(ROOT, "lockstep", "base"), [1, 2, 4])
     assert text[1][-1]["test_loss"] < 5.5, text  # log(256) = 5.545 before anything is learned
 
 

@@ -62,6 +62,7 @@ std::string metrics_before(const std::filesystem::path& path, const RunRecord& r
 struct RunLog::State {
   RunLogOptions options;
   RunRecord run;
+  std::vector<nlohmann::json> early;  // messages before there are files
   bool bar_shown = false;
   std::optional<AppendFile> metrics, board, history;
   std::string early_history;  // until the files are made
@@ -144,6 +145,7 @@ bool RunLog::files_made() const { return state_->board.has_value(); }
 void RunLog::on_event(int rank, const nlohmann::json& event) {
   State& state = *state_;
   const std::string& kind = event.at("event").get_ref<const std::string&>();
+  if (kind == "message" && !files_made()) return state.early.push_back(event);
   if (std::find(kNotInHistory.begin(), kNotInHistory.end(), kind) == kNotInHistory.end())
     state.remember(rank, event);
   if (kind == "ready" && files_made()) {
@@ -156,6 +158,7 @@ void RunLog::on_event(int rank, const nlohmann::json& event) {
   state.run.take(event);
   if (kind == "ready") {
     state.open_files();
+    for (const nlohmann::json& message : std::exchange(state.early, {})) on_event(rank, message);
   } else if (kind == "step" || kind == "epoch") {
     if (!files_made()) throw Error(kind + " reported before the workers were ready");
     state.log_scalars(event, kind == "epoch");

@@ -43,7 +43,8 @@ class Interrupted : public Error {
   int signal_;
 };
 
-// The job was asked to stop, and has saved what it reached. Exit code 75, EX_TEMPFAIL of sysexits.h.
+// The job was asked to stop, and has saved what it reached. Exit code 75, EX_TEMPFAIL of
+// sysexits.h.
 inline constexpr int kExitPreempted = 75;
 class Preempted : public Error {
  public:
