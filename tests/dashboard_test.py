@@ -16,7 +16,7 @@ from browser import browser, prometheus
 from harness import (LOCKSTEP, contains, equal, lockstep, main, make_idx_folder, processes,
                      report_of, train)
 
-ENDLESS = ["--workers", "2", "--set", "train.epochs=1000000", "--set", "dataset.rows=20000"]
+ENDLESS = ["--workers", "2", "--set", "train.epochs=200000", "--set", "dataset.rows=20000"]
 
 
 def small_stack():
@@ -94,7 +94,7 @@ def test_live_page(folder):
         equal(page.script("document.querySelectorAll('#workers tbody tr').length"), 2, "workers")
         contains(page.text("workers"), "member")
         contains(page.text("recoveries"), "No recovery so far")
-        contains(page.text("generations"), "The workers are those that the job began with.")
+        contains(page.text("generations"), "2 workers begin")
         contains(page.text("events"), "the first step is committed")
         for chart in ("loss", "rate", "accuracy"):
             page.wait_for(lambda chart=chart: page.script(

@@ -39,6 +39,11 @@ void push(std::deque<Json>& rows, Json row) {
   if (rows.size() > kMostRows) rows.pop_front();
 }
 
+// In the agent's words; "" where it does not tell of workers.
+bool is_death(const std::string& cause) {
+  return !cause.empty() && cause != "exited with code 0" && cause != "not needed any more";
+}
+
 std::string workers_in_words(std::size_t count) {
   return fmt::format("{} worker{}", count, count == 1 ? "" : "s");
 }
@@ -84,7 +89,7 @@ void Status::take_worker(const Json& event, double now) {
   Worker& worker = workers_[seat];
   const std::int64_t pid = event.value("pid", std::int64_t{0});
   if (worker.pid != pid) worker = Worker();  // another one in this seat
-  const bool died = state == "ended" && worker.state != "ended" && !cause.empty();
+  const bool died = state == "ended" && worker.state != "ended" && is_death(cause);
   const int rank = event.value("rank", -1);
   worker.seat = seat;
   worker.pid = pid;
@@ -96,6 +101,7 @@ void Status::take_worker(const Json& event, double now) {
     if (worker.rank >= 0) last_deaths_[worker.rank] = {cause, now};
   }
   set_state(worker, state, now);
+  if (state == "member") return;  // its generation says so
   const std::string who = worker.rank >= 0
                               ? fmt::format("rank {} (pid {}, seat {})", worker.rank, pid, seat)
                               : fmt::format("worker (pid {}, seat {})", pid, seat);
@@ -187,6 +193,8 @@ void Status::take_from_worker(int rank, const Json& event, double now) {
   } else if (kind == "error" || kind == "comm_error") {
     recovering_ = recovering_ || kind == "comm_error";
     note(now, "error", fmt::format("rank {}: {}", rank, text_in(event, "message")));
+  } else if (kind == "injected") {
+    note(now, "injected", fmt::format("rank {}: {}", rank, text_in(event, "fault")));
   } else if (kind == "finished") {
     note(now, "end", "training is finished: " + text_in(event, "reason"));
   }
@@ -227,7 +235,8 @@ bool Status::enough_workers() const {
   const auto members = std::count_if(workers_.begin(), workers_.end(), [](const auto& each) {
     return each.second.state == "member";
   });
-  return !agent_tells_ || generation_.is_null() || members >= options_.least;
+  const bool ending = !run_.stopped_because.empty();
+  return !agent_tells_ || ending || generation_.is_null() || members >= options_.least;
 }
 
 std::string Status::state() const {
@@ -252,7 +261,7 @@ Json Status::workers_json() const {
   std::vector<const Worker*> sorted;
   for (const auto& [seat, worker] : workers_) sorted.push_back(&worker);
   const auto place = [](const Worker* worker) {  // members by rank, others, the dead
-    const bool dead = worker->state == "ended" && !worker->cause.empty();
+    const bool dead = worker->state == "ended" && is_death(worker->cause);
     const int group = dead ? 2 : worker->rank >= 0 ? 0 : 1;
     return std::tuple(group, worker->rank, worker->seat);
   };
@@ -265,7 +274,8 @@ Json Status::workers_json() const {
                 {"pid", or_null(worker->pid > 0, worker->pid)},
                 {"state", worker->state},
                 {"since", worker->since},
-                {"cause", worker->cause}};
+                {"cause", worker->cause},
+                {"died", worker->state == "ended" && is_death(worker->cause)}};
     const auto death = last_deaths_.find(worker->rank);
     if (death != last_deaths_.end())
       row["last_death"] = {{"cause", death->second.cause}, {"time", death->second.time}};

@@ -8,7 +8,7 @@
 //   workers_least, generation, deaths, recovery_count, generation_count, last_step_s,
 //   progress: {step, steps, epoch, epochs, samples, train_samples, test_samples, parameters, loss,
 //     lr, grad_norm, samples_per_s},
-//   workers: [{rank, seat, pid, state, since, cause, last_death?: {cause, time}}],
+//   workers: [{rank, seat, pid, state, since, cause, died, last_death?: {cause, time}}],
 //   generations: [{generation, time, workers, reason}],
 //   recoveries: [{time, step, rank, cause, seconds, rejoined_seconds, steps_redone, source,
 //   generation}], steps: {step: [], loss: [], samples_per_s: []}, epochs: [{epoch, train_loss, …}],

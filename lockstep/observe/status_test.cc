@@ -172,7 +172,8 @@ TEST(Status, AWorkerThatIsNoMemberAnyMore) {
   Status status = job();
   generation(status, 0, {0, 1}, kStart + 1);
   generation(status, 1, {1}, kStart + 2);
-  worker(status, 0, -1, "ended", "", kStart + 3);
+  worker(status, 0, -1, "ended", "exited with code 0", kStart + 3);
+  worker(status, 2, -1, "ended", "not needed any more", kStart + 3);
   const Json json = status.json(kStart + 4);
   EXPECT_EQ(json.at("deaths"), 0);  // it was asked to
   EXPECT_EQ(json.at("workers")[0].at("seat"), 1);

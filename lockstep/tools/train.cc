@@ -147,14 +147,16 @@ struct Page {
 std::unique_ptr<Page> page_for(const Job& job, const TrainFlags& flags, const fs::path& folder,
                                const Start& start) {
   if (flags.dashboard.empty()) return nullptr;
-  std::unique_ptr<Page> page(
-      new Page{.status = Status({.title = title_of(job),
-                                 .folder = folder.string(),
-                                 .workers = static_cast<int>(job.workers.count),
-                                 .started = start.time,
-                                 .hang_timeout_s = job.workers.timeout_s}),
-               .dashboard = Dashboard(flags.dashboard, "--dashboard", job.workers.timeout_s),
-               .start = start});
+  std::unique_ptr<Page> page(new Page{
+      .status = Status(
+          {.title = title_of(job),
+           .folder = folder.string(),
+           .workers = static_cast<int>(job.workers.count),
+           .least = static_cast<int>(job.workers.min > 0 ? job.workers.min : job.workers.count),
+           .started = start.time,
+           .hang_timeout_s = job.workers.timeout_s}),
+      .dashboard = Dashboard(flags.dashboard, "--dashboard", job.workers.timeout_s),
+      .start = start});
   page->tick();
   if (!flags.quiet) print("status page: " + page->dashboard.url() + "\n");
   return page;
