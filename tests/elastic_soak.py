@@ -39,8 +39,7 @@ def main():
             faults = faults_of(seed, workers, job.steps)
             jobs += 1
             try:
-                report = job.survives(*faults, workers=workers,
-                                      arguments=["--max-restarts", 1000])
+                report = job.survives(*faults, workers=workers)
                 recoveries += report["recoveries"]
             except Exception as error:
                 failed.append(f"{workers} workers, {faults}: {error}")

@@ -57,6 +57,7 @@ AgentResult Agent::run() {
   LOCKSTEP_CHECK(options_.workers > 0 && !options_.command.empty());
   const ProcessSettings settings;
   guardian_.emplace();
+  for (const TimedKills& kills : options_.kills) kills_.emplace_back(kills);
   children_before_ = child_processes();
   epoll_ = checked(::epoll_create1(EPOLL_CLOEXEC), "epoll");
   pipes_ = checked(::epoll_create1(EPOLL_CLOEXEC), "epoll");
@@ -240,7 +241,25 @@ void Agent::take_tick() {
   if (::read(timer_.get(), &ticks, sizeof ticks) <= 0) return;
   if (options_.on_tick && !muted_) options_.on_tick();
   if (!elastic_ || ending_ || done_) return;
+  strike();
   for (const Members::Condemned& one : members_->look_for_hung(Clock::now())) condemn(one);
+}
+
+// The kills that were asked for. The agent then finds out as it would of any other.
+void Agent::strike() {
+  std::vector<const Worker*> members;
+  for (const auto& [id, worker] : workers_)
+    if (id != kZygoteId && worker.running && members_->is_member(worker.number))
+      members.push_back(&worker);
+  for (KillTimer& timer : kills_)
+    if (const int victim = timer.due(Clock::now(), int(members.size())); victim >= 0) {
+      const Worker& worker = *members[static_cast<std::size_t>(victim)];
+      tell({{"event", "injected"},
+            {"rank", worker.rank},
+            {"fault", "kill"},
+            {"clock", seconds(Clock::now().time_since_epoch())}});
+      kill_group(worker, SIGKILL);
+    }
 }
 
 void Agent::take_death(const Worker& worker, const Ending& ending) {

@@ -14,6 +14,7 @@
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/cluster/environment.h"
+#include "lockstep/cluster/faults.h"
 
 namespace lockstep {
 
@@ -49,6 +50,8 @@ struct AgentOptions {
   ControlServer* control = nullptr;  // of lockstep scale, status, stop; the caller's, may be null
 
   // rank -1: the agent's own (event.h).
+  std::vector<TimedKills> kills = {};  // of members, to see the job survive them
+
   std::function<void(int rank, const nlohmann::json& event)> on_event;
   // A line of a worker's output, without its end. error: it came from standard error.
   std::function<void(int rank, bool error, std::string_view line)> on_line;

@@ -78,6 +78,7 @@ class Agent : public ControlHandler {
   void wait();
   void take(Source source, int id);
   void take_tick();
+  void strike();
   void take_signal();
   void take_death(const Worker& worker, const Ending& ending);
   const Death& likeliest() const;
@@ -102,14 +103,15 @@ class Agent : public ControlHandler {
   std::optional<Zygote> zygote_;
   std::deque<Request> requests_;      // oldest first
   int zygotes_lost_ = 0;              // since the last that started a worker
-  std::vector<Death> deaths_;  // since the last recovery
-  std::size_t settled_ = 0;    // of them
+  std::vector<Death> deaths_;         // since the last recovery
+  std::size_t settled_ = 0;           // of them
   std::optional<Members> members_;    // where there is a segment
   std::map<std::uint64_t, int> ids_;  // of members' numbers
   bool elastic_ = false;              // a worker has said that it is
   int restarts_ = 0;                  // of all workers, where they are not elastic
   bool restarting_ = false;
   bool unreplaced_ = false;  // somebody has died whom the coordinator is not asked about
+  std::vector<KillTimer> kills_;
   std::optional<Guardian> guardian_;
   std::vector<int> children_before_;
   UniqueFd epoll_;  // exits, signals, ticks

@@ -64,6 +64,7 @@ bool run_worker_job(const WorkerJob& job) {
     return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
   };
   options.elastic = job.elastic.elastic;
+  options.kills = job.kills;
   options.least = static_cast<int>(settings.min);
   options.standby = job.elastic.standby;
   options.max_restarts = job.elastic.max_restarts;

@@ -6,8 +6,10 @@
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 #include "lockstep/cluster/environment.h"
+#include "lockstep/cluster/faults.h"
 #include "lockstep/job/job.h"
 #include "lockstep/memory/segment.h"
 
@@ -25,6 +27,7 @@ struct WorkerJob {
   Job job;
   Environment environment;  // more than LOCKSTEP_JOB
   ElasticSettings elastic = {};
+  std::vector<TimedKills> kills = {};  // of members, to see the job survive them
   std::shared_ptr<Segment> segment;
   std::function<void(int rank, const nlohmann::json& event)> on_event;  // all but errors; the
                                                                         // agent's own have rank -1

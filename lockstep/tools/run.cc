@@ -215,7 +215,7 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   options.segment =
       Segment::create({.seats = seats_for(options.workers, flags.standby,
                                           flags.max_restarts > 0 || options.least > 0)});
-  inject(flags.inject, options.workers, options.environment);
+  options.kills = inject(flags.inject, options.workers, options.environment);
   options.grace = std::chrono::seconds(flags.shutdown_timeout);
   options.on_line = pass_on;
   options.on_event = pass_on_news;

@@ -178,7 +178,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
       {.seats = seats_for(workers, flags.elastic.standby, flags.elastic.max_restarts > 0)});
   run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
   if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
-  inject(flags.inject, workers, run.environment);
+  run.kills = inject(flags.inject, workers, run.environment);
   SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);
   RunLog log({.output = folder.path(),
               .report_copy = flags.report,
