@@ -14,7 +14,7 @@ def test_a_kill_of_each_rank_at_every_moment_of_a_step(folder):
     job = Job(folder, epochs=20)
     faults = [f"kill rank={rank} step={4 + 5 * (3 * number + rank)} when={when}"
               for number, when in enumerate(MOMENTS) for rank in range(3)]
-    report = job.survives(*faults)
+    report = job.survives(*faults, arguments=["--max-restarts", 100])
     for recovery in report["recoveries"]:
         contains(recovery["cause"], "SIGKILL")
         equal(recovery["source"], "segment")

@@ -66,20 +66,21 @@ def whole_lines(path):
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def ended_by(folder, number):
+def ended_by(folder, number, code):
     running = Running(folder)
     os.kill(running.process.pid, number)
-    result = running.end([128 + number, -number, 1])
+    result = running.end([code])
     assert "Traceback" not in result.err and "terminate called" not in result.err, result
     assert whole_lines(f"{running.output}/metrics.jsonl")
 
 
 def test_interrupt_ends_every_worker(folder):
-    ended_by(folder, signal.SIGINT)
+    ended_by(folder, signal.SIGINT, 128 + signal.SIGINT)
 
 
-def test_terminate_ends_every_worker(folder):
-    ended_by(folder, signal.SIGTERM)
+def test_terminate_stops_after_the_step_and_saves(folder):
+    ended_by(folder, signal.SIGTERM, 75)
+    assert os.listdir(f"{folder}/out/checkpoints")
 
 
 def test_interrupt_of_the_whole_process_group(folder):  # what Ctrl-C in a terminal sends
@@ -99,7 +100,7 @@ def test_a_killed_agent_takes_its_workers_along(folder):
 
 
 def test_a_killed_worker_ends_the_job_with_its_rank_and_signal(folder):
-    running = Running(folder)
+    running = Running(folder, "--max-restarts", "0")
     victim = running.workers()[-1]
     os.kill(victim, signal.SIGKILL)
     result = running.end([1])
@@ -131,7 +132,7 @@ def test_a_trace_of_a_training(folder):
 
 def test_a_trace_when_a_worker_is_killed(folder):
     trace = f"{folder}/trace.json"
-    running = Running(folder, env={"LOCKSTEP_TRACE": trace})
+    running = Running(folder, "--max-restarts", "0", env={"LOCKSTEP_TRACE": trace})
     os.kill(running.workers()[-1], signal.SIGKILL)
     running.end([1])
     lengths = [len(operations) for operations in check_trace(trace, 2).values()]
@@ -140,7 +141,7 @@ def test_a_trace_when_a_worker_is_killed(folder):
 
 
 def test_a_stopped_worker_is_missed_after_the_timeout(folder):
-    running = Running(folder, "--set", "workers.timeout_s=1")
+    running = Running(folder, "--set", "workers.timeout_s=1", "--max-restarts", "0")
     victim = running.workers()[0]
     os.kill(victim, signal.SIGSTOP)
     try:

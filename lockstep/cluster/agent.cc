@@ -156,7 +156,7 @@ void Agent::condemn(const Members::Condemned& one) {
 
 void Agent::loop() {
   std::array<epoll_event, 64> ready;
-  while (running_ > 0 || restarting_) {
+  while (running_ > 0 || restarting_ || waits_for_replacements()) {
     wait();
     for (const UniqueFd* from : {&epoll_, &pipes_}) {
       const int count = ::epoll_wait(from->get(), ready.data(), int(ready.size()), 0);
@@ -219,6 +219,11 @@ void Agent::wait() {
     throw Error("cannot watch the workers: " + errno_text(errno));
 }
 
+// Nobody runs, but the coordinator has not given up.
+bool Agent::waits_for_replacements() const {
+  return elastic_ && !ending_ && !done_ && !deaths_.empty();
+}
+
 Deadline Agent::next_deadline() const {
   if (!members_ || ending_ || done_) return kill_at_;
   return members_->again().remaining() < kill_at_.remaining() ? members_->again() : kill_at_;
@@ -240,8 +245,8 @@ void Agent::take_tick() {
   std::uint64_t ticks;
   if (::read(timer_.get(), &ticks, sizeof ticks) <= 0) return;
   if (options_.on_tick && !muted_) options_.on_tick();
-  if (!elastic_ || ending_ || done_) return;
-  strike();
+  if (!members_ || !(elastic_ || options_.elastic) || ending_ || done_) return;
+  if (members_->began()) strike();
   for (const Members::Condemned& one : members_->look_for_hung(Clock::now())) condemn(one);
 }
 

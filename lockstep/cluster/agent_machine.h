@@ -86,6 +86,7 @@ class Agent : public ControlHandler {
   void step_members();
   void condemn(const Members::Condemned& one);
   Deadline next_deadline() const;
+  bool waits_for_replacements() const;
   void start_again();
   void end(const std::string& reason, bool at_once);
   void fail(const std::string& reason);

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <vector>
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/base/error.h"
@@ -10,6 +12,7 @@
 #include "lockstep/collective/operation_record.h"
 #include "lockstep/collective/process_state.h"
 #include "lockstep/memory/control_block.h"
+#include "lockstep/memory/generation_board.h"
 
 namespace lockstep {
 namespace {
@@ -50,6 +53,28 @@ std::string last_operation(Segment& segment, int rank, std::int64_t now_ns) {
                      describe(last), open ? "for " : "", age_s, open ? "" : " ago");
 }
 
+struct Recorded {
+  int seat = 0;
+  std::optional<int> rank;
+};
+
+// The members' seats by rank, then those of others that have left records. Without generations a
+// seat is a rank.
+std::vector<Recorded> recorded_seats(Segment& segment) {
+  const std::optional<Generation> generation = newest_generation(segment);
+  std::vector<Recorded> seats;
+  std::vector<bool> taken(static_cast<std::size_t>(segment.seats()), !generation);
+  for (int rank = 0; rank < (generation ? int(generation->seats.size()) : segment.seats());
+       ++rank) {
+    seats.push_back({generation ? generation->seats[std::size_t(rank)] : rank, rank});
+    taken[std::size_t(seats.back().seat)] = true;
+  }
+  for (int seat = 0; seat < segment.seats(); ++seat)
+    if (!taken[std::size_t(seat)] && segment.recorder(seat).opened.load() != 0)
+      seats.push_back({seat, std::nullopt});
+  return seats;
+}
+
 }  // namespace
 
 bool has_flight_record(Segment& segment) {
@@ -60,15 +85,16 @@ bool has_flight_record(Segment& segment) {
 
 nlohmann::json flight_record(Segment& segment) {
   nlohmann::json ranks = nlohmann::json::array();
-  for (int rank = 0; rank < segment.seats(); ++rank) {
+  for (const auto& [seat, rank] : recorded_seats(segment)) {
     nlohmann::json operations = nlohmann::json::array();
-    for (const RecordedOperation& operation : recorded_operations(segment, rank))
+    for (const RecordedOperation& operation : recorded_operations(segment, seat))
       operations.push_back(json_of(operation));
-    const ControlBlock& block = segment.control(rank);
-    ranks.push_back({{"rank", rank},
+    const ControlBlock& block = segment.control(seat);
+    ranks.push_back({{"rank", rank ? nlohmann::json(*rank) : nlohmann::json()},
+                     {"seat", seat},
                      {"pid", block.pid.load()},
                      {"process", process_text(block)},
-                     {"operations_begun", segment.recorder(rank).opened.load()},
+                     {"operations_begun", segment.recorder(seat).opened.load()},
                      {"operations", std::move(operations)}});
   }
   return {{"now_ns", nanoseconds_of(Clock::now())}, {"ranks", std::move(ranks)}};
@@ -77,10 +103,11 @@ nlohmann::json flight_record(Segment& segment) {
 std::string last_operations(Segment& segment) {
   const std::int64_t now_ns = nanoseconds_of(Clock::now());
   std::string text;
-  for (int rank = 0; rank < segment.seats(); ++rank) {
-    const ControlBlock& block = segment.control(rank);
-    text += fmt::format("{}rank {} (pid {}, {}): {}", rank == 0 ? "" : "\n", rank, block.pid.load(),
-                        process_text(block), last_operation(segment, rank, now_ns));
+  for (const auto& [seat, rank] : recorded_seats(segment)) {
+    const ControlBlock& block = segment.control(seat);
+    text += fmt::format("{}{} (pid {}, {}): {}", text.empty() ? "" : "\n",
+                        rank ? fmt::format("rank {}", *rank) : "no rank any more", block.pid.load(),
+                        process_text(block), last_operation(segment, seat, now_ns));
   }
   return text;
 }

@@ -59,7 +59,11 @@ void Members::says(std::uint64_t worker, const nlohmann::json& event, Clock::tim
     roster_.ready(worker);
     tell(worker, "ready", "", now);
   } else if (name == "comm_error") {
-    roster_.comm_error(worker, event.at("generation"), event.at("message"));
+    const std::uint64_t generation = event.at("generation");
+    roster_.comm_error(worker, generation, event.at("message"));
+    if (began() && generation == coordinator_.generation()->number &&
+        (failure_.rank < 0 || failure_.generation < generation))
+      failure_ = loss_of(worker, event.at("message"), now);
   } else if (name == "recovered") {
     recovered(event);
   } else if (name == "step") {
@@ -77,12 +81,7 @@ void Members::says(std::uint64_t worker, const nlohmann::json& event, Clock::tim
 void Members::ended(std::uint64_t worker, const Ending& ending, Clock::time_point now) {
   const bool finished = ending.signal == 0 && ending.code == 0;
   if (!finished && is_member(worker)) {
-    losses_.push_back({.rank = rank_of(worker),
-                       .cause = ending.cause,
-                       .clock = clock_of(now),
-                       .generation = coordinator_.generation()->number,
-                       .members = coordinator_.generation()->members.size(),
-                       .recovery = nullptr});
+    losses_.push_back(loss_of(worker, ending.cause, now));
     vacant_.push_back(rank_of(worker));
   }
   roster_.ended(worker, finished ? WorkerState::finished : WorkerState::failed, ending.cause,
@@ -113,6 +112,17 @@ Members::Steps Members::decide(Clock::time_point now) {
   return steps;
 }
 
+Members::Loss Members::loss_of(std::uint64_t worker, std::string cause,
+                               Clock::time_point now) const {
+  const JobGeneration& generation = *coordinator_.generation();
+  return {.rank = rank_of(worker),
+          .cause = std::move(cause),
+          .clock = clock_of(now),
+          .generation = generation.number,
+          .members = generation.members.size(),
+          .recovery = nullptr};
+}
+
 void Members::publish(const JobGeneration& generation, Clock::time_point now) {
   Generation board{.number = generation.number, .seats = {}, .reason = generation.reason};
   nlohmann::json ranks = nlohmann::json::array();
@@ -124,6 +134,10 @@ void Members::publish(const JobGeneration& generation, Clock::time_point now) {
   }
   lockstep::publish(*segment_, board, generation.at_once());
   first_step_ = std::nullopt;
+  // Nobody died, and yet all begin again.
+  if (generation.at_once() && failure_.rank >= 0 && failure_.generation + 1 == generation.number &&
+      std::ranges::none_of(losses_, [&](const Loss& loss) { return loss.recovery.is_null(); }))
+    losses_.push_back(failure_);
   std::erase_if(vacant_, [&](int rank) { return rank < int(board.seats.size()); });
   emit_({{"event", "generation"},
          {"generation", generation.number},

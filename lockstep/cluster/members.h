@@ -85,6 +85,8 @@ class Members {
     nlohmann::json recovery;       // null: nothing committed since
   };
 
+  // Of a member, as of now.
+  Loss loss_of(std::uint64_t worker, std::string cause, Clock::time_point now) const;
   void publish(const JobGeneration& generation, Clock::time_point now);
   void recovered(const nlohmann::json& event);
   void tell_recoveries(Clock::time_point now);
@@ -100,6 +102,7 @@ class Members {
   std::map<std::uint64_t, Worker> workers_;  // those that run
   std::vector<int> vacant_;                  // ranks of members that have died
   std::vector<Loss> losses_;                 // not yet replaced
+  Loss failure_;                             // the group's: what was reported first
   std::optional<std::uint64_t> step_;        // the newest committed one
   std::optional<std::uint64_t> first_step_;  // of the newest generation
   bool changed_ = true;

@@ -223,7 +223,9 @@ void write_trace(Segment& segment, const fs::path& trace) {
   try {
     TraceFile file(trace);
     for (int rank = 0; rank < segment.seats(); ++rank)
-      add_rank(file, segment, rank, part_of(trace, rank), now_ns);
+      if (std::error_code none; segment.recorder(rank).opened.load() != 0 ||
+                                (fs::file_size(part_of(trace, rank), none) > 0 && !none))
+        add_rank(file, segment, rank, part_of(trace, rank), now_ns);
     file.finish();
     for (int rank = 0; rank < segment.seats(); ++rank) fs::remove(part_of(trace, rank));
   } catch (const std::exception& error) {

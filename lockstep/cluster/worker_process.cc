@@ -127,9 +127,7 @@ Ending WorkerProcess::ending_of(int status) const {
   else if (!out_of_memory_.empty())
     ending.cause += ", out of memory: " + out_of_memory_;
   ending.suspicion = blames_others_ ? 3 : ending.signal == SIGABRT ? 2 : ending.signal == 0 ? 1 : 0;
-  ending.for_good =
-      out_of_memory_.empty() &&
-      (!error_kind_.empty() ? error_kind_ != "comm" : ending.code != 0 && !blames_others_);
+  ending.for_good = out_of_memory_.empty() && !error_kind_.empty() && error_kind_ != "comm";
   return ending;
 }
 

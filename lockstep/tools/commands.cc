@@ -24,7 +24,7 @@ std::pair<std::string, std::string> split_range(const std::string& text) {
 }
 
 int seats_for(int most, int standby, bool replaces) {
-  return std::min((replaces ? 2 : 1) * most + standby, kMaxSeats);
+  return std::min((replaces ? 2 * most + 2 : most) + standby, kMaxSeats);
 }
 
 std::string both_spellings(std::string_view name) {

@@ -67,10 +67,12 @@ bool run_worker_job(const WorkerJob& job) {
   options.kills = job.kills;
   options.least = static_cast<int>(settings.min);
   options.standby = job.elastic.standby;
+  options.control = job.elastic.control;
   options.max_restarts = job.elastic.max_restarts;
   options.restart_window = duration(job.elastic.restart_window_s);
   if (job.elastic.elastic) {
-    options.hang_timeout = duration(settings.hang_timeout_s);
+    // Whoever keeps the others waiting for longer than a collective may take ends them.
+    options.hang_timeout = duration(std::min(settings.hang_timeout_s, settings.timeout_s));
     options.start_timeout = duration(settings.timeout_s);
   }
   options.console = &console();

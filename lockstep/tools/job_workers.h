@@ -15,10 +15,13 @@
 
 namespace lockstep {
 
+class ControlServer;
+
 // Where workers that die or hang are replaced.
 struct ElasticSettings {
   bool elastic = false;
   int standby = 0, max_restarts = 0;
+  ControlServer* control = nullptr;
   double restart_window_s = 60;
 };
 

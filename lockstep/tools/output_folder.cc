@@ -12,6 +12,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
+#include "lockstep/cluster/control_file.h"
 #include "lockstep/observe/append_file.h"
 #include "lockstep/observe/run_log.h"
 
@@ -20,9 +21,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::array kRunFiles = {"job.toml",          "report.json",          "metrics.jsonl",
-                                  kHistoryFile,        "report.html",          "control.json",
-                                  "model.safetensors", "flight_recorder.json", "checkpoints"};
+constexpr std::array kRunFiles = {
+    "job.toml",     "report.json",       "metrics.jsonl",        kHistoryFile,  "report.html",
+    "control.json", "model.safetensors", "flight_recorder.json", "checkpoints", kControlFile};
 
 bool belongs_to_a_run(const fs::path& name) {
   return std::find(kRunFiles.begin(), kRunFiles.end(), name) != kRunFiles.end() ||
@@ -130,7 +131,7 @@ void OutputFolder::begin(const std::string& job) {
   std::vector<fs::path> old;
   for (const fs::directory_entry& entry : fs::directory_iterator(path_))
     if (belongs_to_a_run(entry.path().filename()) && entry.path() != job_file &&
-        entry.path() != checkpoints())
+        entry.path() != checkpoints() && entry.path().filename() != kControlFile)
       old.push_back(entry.path());
   for (const fs::path& file : old) {
     std::error_code error;

@@ -14,6 +14,7 @@
 #include "lockstep/cluster/agent.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/tools/commands.h"
+#include "lockstep/tools/control_flags.h"
 #include "lockstep/tools/inject_flags.h"
 
 namespace lockstep {
@@ -27,6 +28,7 @@ struct RunFlags {
   int master_port = 0;  // 0: a free one
   std::string unused;
   InjectFlags inject;
+  ControlFlags control;
   bool standalone = false, no_python = false;
   int shutdown_timeout = 5;
 };
@@ -107,6 +109,7 @@ void add_flags(CLI::App& app, RunFlags& flags) {
                            "--start-method", "--local-addr", "--event-log-handler"})
     add(name, flags.unused, "without meaning here")->group(kWithoutMeaning);
   add_inject_flags(app, flags.inject);
+  add_control_flags(app, flags.control);
   for (const Refused& refused : kRefused) add_refused(app, refused);
 }
 
@@ -216,6 +219,8 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
       Segment::create({.seats = seats_for(options.workers, flags.standby,
                                           flags.max_restarts > 0 || options.least > 0)});
   options.kills = inject(flags.inject, options.workers, options.environment);
+  ControlChannel control(flags.control, {});
+  options.control = &control.server();
   options.grace = std::chrono::seconds(flags.shutdown_timeout);
   options.on_line = pass_on;
   options.on_event = pass_on_news;

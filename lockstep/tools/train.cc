@@ -13,6 +13,7 @@
 #include "lockstep/observe/run_log.h"
 #include "lockstep/observe/status.h"
 #include "lockstep/tools/commands.h"
+#include "lockstep/tools/control_flags.h"
 #include "lockstep/tools/dashboard.h"
 #include "lockstep/tools/inject_flags.h"
 #include "lockstep/tools/job_workers.h"
@@ -29,6 +30,7 @@ struct TrainFlags {
   std::vector<std::string> settings;
   ElasticSettings elastic{.elastic = true, .max_restarts = 10};
   InjectFlags inject;
+  ControlFlags control;
   bool quiet = false, overwrite = false;
 };
 
@@ -64,6 +66,7 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--dashboard", flags.dashboard,
                  "serve a live status page on this port of 127.0.0.1; 0: a free one, printed");
   add_inject_flags(app, flags.inject);
+  add_control_flags(app, flags.control);
   app.add_flag("--quiet", flags.quiet, "print nothing");
   app.add_flag("--overwrite", flags.overwrite, "replace the run in the output folder");
 }
@@ -179,6 +182,8 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
   if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
   run.kills = inject(flags.inject, workers, run.environment);
+  ControlChannel control(flags.control, folder.path());
+  run.elastic.control = &control.server();
   SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);
   RunLog log({.output = folder.path(),
               .report_copy = flags.report,

@@ -38,7 +38,8 @@ def test_bad_flags(folder):
             (["--nproc-per-node", "0", "true"], ["--nproc-per-node 0", "hint:"]),
             (["--nproc-per-node", "many", "true"], ["--nproc-per-node many", "auto"]),
             (["--nnodes", "2", "true"], ["--nnodes 2", "one node"]),
-            (["--max-restarts", "3", "true"], ["--max-restarts 3"]),
+            (["--max-restarts", "-1", "true"], ["--max-restarts"]),
+            (["--nproc-per-node", "3:2", "true"], ["--nproc-per-node 3:2", "MIN"]),
             (["--nproc-per-nod", "2", "true"], ["--nproc-per-nod", "--nproc-per-node"]),
             (["--log-dir", "logs", "true"], ["--log-dir", "hint:"]),
             (["--redirects", "3", "true"], ["--redirects", "log files", "hint:"]),
@@ -231,8 +232,8 @@ def play(folder, script, *arguments, code):
     with open(f"{programs}/lockstep-worker", "w") as file:
         file.write(WORKER + textwrap.dedent(script))
     os.chmod(f"{programs}/lockstep-worker", 0o755)
-    return run(f"{programs}/lockstep", "train", "linear-regression", "--workers", "2", "--output",
-               f"{folder}/out", *arguments, code=code)
+    return run(f"{programs}/lockstep", "train", "linear-regression", "--workers", "2",
+               "--max-restarts", "0", "--output", f"{folder}/out", *arguments, code=code)
 
 
 def test_the_users_mistake_is_told_once_and_leaves_nothing(folder):
