@@ -2,7 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <vector>
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/base/error.h"
@@ -10,6 +13,7 @@
 #include "lockstep/collective/operation_record.h"
 #include "lockstep/collective/process_state.h"
 #include "lockstep/memory/control_block.h"
+#include "lockstep/memory/generation_board.h"
 
 namespace lockstep {
 namespace {
@@ -50,6 +54,28 @@ std::string last_operation(Segment& segment, int rank, std::int64_t now_ns) {
                      describe(last), open ? "for " : "", age_s, open ? "" : " ago");
 }
 
+// Who sat where: the newest generation's ranks in order, then those that died before, rank -1.
+struct Occupant {
+  int seat, rank;
+};
+std::vector<Occupant> occupants(Segment& segment) {
+  std::optional<Generation> generation;
+  try {
+    generation = newest_generation(segment);
+  } catch (const Error&) {  // damaged: by seat
+  }
+  std::vector<Occupant> all;
+  for (const int seat : generation ? generation->seats : std::vector<int>())
+    all.push_back({seat, static_cast<int>(all.size())});
+  for (int seat = 0; seat < segment.seats(); ++seat)
+    if (!generation)
+      all.push_back({seat, seat});
+    else if (segment.control(seat).pid.load() != 0 &&
+             std::ranges::find(generation->seats, seat) == generation->seats.end())
+      all.push_back({seat, -1});
+  return all;
+}
+
 }  // namespace
 
 bool has_flight_record(Segment& segment) {
@@ -60,15 +86,15 @@ bool has_flight_record(Segment& segment) {
 
 nlohmann::json flight_record(Segment& segment) {
   nlohmann::json ranks = nlohmann::json::array();
-  for (int rank = 0; rank < segment.seats(); ++rank) {
+  for (const auto& [seat, rank] : occupants(segment)) {
     nlohmann::json operations = nlohmann::json::array();
-    for (const RecordedOperation& operation : recorded_operations(segment, rank))
+    for (const RecordedOperation& operation : recorded_operations(segment, seat))
       operations.push_back(json_of(operation));
-    const ControlBlock& block = segment.control(rank);
+    const ControlBlock& block = segment.control(seat);
     ranks.push_back({{"rank", rank},
                      {"pid", block.pid.load()},
                      {"process", process_text(block)},
-                     {"operations_begun", segment.recorder(rank).opened.load()},
+                     {"operations_begun", segment.recorder(seat).opened.load()},
                      {"operations", std::move(operations)}});
   }
   return {{"now_ns", nanoseconds_of(Clock::now())}, {"ranks", std::move(ranks)}};
@@ -77,10 +103,11 @@ nlohmann::json flight_record(Segment& segment) {
 std::string last_operations(Segment& segment) {
   const std::int64_t now_ns = nanoseconds_of(Clock::now());
   std::string text;
-  for (int rank = 0; rank < segment.seats(); ++rank) {
-    const ControlBlock& block = segment.control(rank);
-    text += fmt::format("{}rank {} (pid {}, {}): {}", rank == 0 ? "" : "\n", rank, block.pid.load(),
-                        process_text(block), last_operation(segment, rank, now_ns));
+  for (const auto& [seat, rank] : occupants(segment)) {
+    const ControlBlock& block = segment.control(seat);
+    text += fmt::format("{}{} (pid {}, {}): {}", text.empty() ? "" : "\n",
+                        rank < 0 ? "replaced" : fmt::format("rank {}", rank), block.pid.load(),
+                        process_text(block), last_operation(segment, seat, now_ns));
   }
   return text;
 }

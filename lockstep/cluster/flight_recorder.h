@@ -13,7 +13,8 @@ namespace lockstep {
 // Whether any rank has begun an operation.
 bool has_flight_record(Segment& segment);
 // The last 1,024 operations of every rank: {"now_ns", "ranks": [{"rank", "pid", "process",
-// "operations_begun", "operations": [{…}, oldest first]}]}. Times are the monotonic clock's.
+// "operations_begun", "operations": [{…}, oldest first]}]}. Times are the monotonic clock's. Workers
+// that were replaced come last, with rank -1.
 nlohmann::json flight_record(Segment& segment);
 // A line a rank: "rank 1 (pid 4711, dead): in operation 12 of generation 0,
 // all_reduce(float32 × 10, sum), for 3.20 s".

@@ -60,6 +60,13 @@ void Members::says(std::uint64_t worker, const nlohmann::json& event, Clock::tim
     tell(worker, "ready", "", now);
   } else if (name == "comm_error") {
     roster_.comm_error(worker, event.at("generation"), event.at("message"));
+    if (!failure_ && began() && event.at("generation") == coordinator_.generation()->number)
+      failure_ = {.rank = rank_of(worker),
+                  .cause = event.at("message"),
+                  .clock = clock_of(now),
+                  .generation = event.at("generation"),
+                  .members = coordinator_.generation()->members.size(),
+                  .recovery = nullptr};
   } else if (name == "recovered") {
     recovered(event);
   } else if (name == "step") {
@@ -122,6 +129,11 @@ void Members::publish(const JobGeneration& generation, Clock::time_point now) {
     ranks.push_back({{"rank", worker.rank}, {"seat", worker.seat}, {"pid", worker.pid}});
     board.seats.push_back(member.seat);
   }
+  // The group failed, and nobody died of it.
+  const bool died =
+      std::ranges::any_of(losses_, [](auto& loss) { return loss.recovery.is_null(); });
+  if (generation.at_once() && failure_ && !died) losses_.push_back(*failure_);
+  failure_.reset();
   lockstep::publish(*segment_, board, generation.at_once());
   first_step_ = std::nullopt;
   std::erase_if(vacant_, [&](int rank) { return rank < int(board.seats.size()); });

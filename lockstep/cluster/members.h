@@ -100,6 +100,7 @@ class Members {
   std::map<std::uint64_t, Worker> workers_;  // those that run
   std::vector<int> vacant_;                  // ranks of members that have died
   std::vector<Loss> losses_;                 // not yet replaced
+  std::optional<Loss> failure_;  // the first comm_error since the newest generation was published
   std::optional<std::uint64_t> step_;        // the newest committed one
   std::optional<std::uint64_t> first_step_;  // of the newest generation
   bool changed_ = true;
