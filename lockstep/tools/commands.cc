@@ -24,7 +24,8 @@ std::pair<std::string, std::string> split_range(const std::string& text) {
 }
 
 int seats_for(int most, int standby, bool replaces) {
-  return std::min((replaces ? 2 * most + 2 : most) + standby, kMaxSeats);
+  constexpr int kDeathsInAStep = 16;  // beyond that of all: in one recovery after another
+  return std::min(replaces ? 2 * most + standby + kDeathsInAStep : most + standby, kMaxSeats);
 }
 
 std::string both_spellings(std::string_view name) {

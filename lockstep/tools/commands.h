@@ -53,7 +53,8 @@ class Preempted : public Error {
 
 // "2:4" -> {"2", "4"}; "4" -> {"", "4"}.
 std::pair<std::string, std::string> split_range(const std::string& text);
-// How many places the segment of a job needs: a worker that replaces another takes another.
+// How many places the segment of a job needs: a worker that replaces another takes another, as long
+// as no step has been made since the death.
 int seats_for(int most, int standby, bool replaces);
 // "--name" in torchrun's two spellings: "--nproc-per-node,--nproc_per_node".
 std::string both_spellings(std::string_view name);
