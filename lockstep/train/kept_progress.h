@@ -10,7 +10,7 @@
 
 namespace lockstep {
 
-inline constexpr std::int64_t kMaxEpochs = 1 << 18;
+inline constexpr std::int64_t kMaxEpochs = 1 << 20;
 
 struct StepNote {
   std::int64_t step = 0;
