@@ -279,7 +279,7 @@ def test_a_failed_run_tells_its_own_error(folder):
 def test_what_workers_report_is_not_trusted(folder):
     for script, says in (  # one worker: what it says comes in order
             ("os.write(int(os.environ['LOCKSTEP_EVENT_FD']), b'\\xff' * 8)", "broken event"),
-            ("epoch(1)", "without having trained"),
+            ("epoch(1)", "before the workers were ready"),
             ("send('ready')", "broken event"),
             ("ready(); send('step', clock='late')", "broken event"),
             ("ready(); snapshot(sequence_offset=1 << 60)", "outside its arena"),
