@@ -1,5 +1,5 @@
-"""Workers die, hang, run out of memory, come and go at any moment; the job goes on, and ends with the
-very weights of an undisturbed one."""
+"""Workers die, hang, run out of memory, come and go at any moment; the job goes on, and ends with
+the very weights of an undisturbed one."""
 
 import os
 import signal

@@ -218,7 +218,9 @@ void Agent::take_exit(int id) {
   const bool failed = ending->signal != 0 || ending->code != 0;
   if (ending_ || done_) return;
   if (failed) take_death(worker, *ending);
-  if (members_ && (elastic_ || (failed && options_.elastic && !ending->for_good)))
+  const bool replaced =
+      options_.max_restarts > 0 || (options_.least > 0 && options_.least < options_.workers);
+  if (members_ && (elastic_ || (failed && options_.elastic && replaced && !ending->for_good)))
     members_->ended(worker.number, *ending, Clock::now());
   else if (failed)
     unreplaced_ = true;

@@ -246,7 +246,7 @@ def test_the_users_mistake_is_told_once_and_leaves_nothing(folder):
 
 def test_a_death_before_the_start_leaves_nothing(folder):
     result = play(folder, """
-        ready() if RANK == 0 else os.kill(os.getpid(), 9)
+        if RANK == 1: os.kill(os.getpid(), 9)
         signal.pause()""", code=1)
     contains(result.err, "rank 1 (pid ", "killed by signal 9 (SIGKILL)")
     assert not os.path.exists(f"{folder}/out"), "a folder was left behind"
@@ -279,7 +279,7 @@ def test_a_failed_run_tells_its_own_error(folder):
 def test_what_workers_report_is_not_trusted(folder):
     for script, says in (  # one worker: what it says comes in order
             ("os.write(int(os.environ['LOCKSTEP_EVENT_FD']), b'\\xff' * 8)", "broken event"),
-            ("epoch(1)", "without having trained"),
+            ("epoch(1)", "before the workers were ready"),
             ("send('ready')", "broken event"),
             ("ready(); send('step', clock='late')", "broken event"),
             ("ready(); snapshot(sequence_offset=1 << 60)", "outside its arena"),
