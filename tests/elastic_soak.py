@@ -1,6 +1,6 @@
 """Kills without end: jobs of small steps, an MLP and a CNN with batch norm in bf16, whose workers,
-real processes, are killed with SIGKILL at random, on 2 to 4 workers: half of the jobs at the moments
-of a step that a seed determines, half at any instant. Each must end with the bits of an undisturbed
+real processes, are killed with SIGKILL at random, on 2 to 4 workers: half of the jobs at moments of
+a step that a seed determines, half at any instant. Each must end with the bits of an undisturbed
 run. Prints what it took.
 
   tests/elastic_soak.py [--kills 1000] [--seed 1]"""
