@@ -62,9 +62,11 @@ def test_workers_that_hang(folder):
 def test_other_ends_of_a_worker(folder):
     job = Job(folder)
     report = job.survives("kill rank=1 step=3 signal=SEGV", "exit rank=0 step=6 code=9",
-                          "oom-kill rank=1 step=9", "kill rank=1 step=12 signal=TERM")
+                          "oom-kill rank=1 step=9", "kill rank=1 step=12 signal=TERM",
+                          "out-of-memory rank=2 step=14")
     causes = " ".join(recovery["cause"] for recovery in report["recoveries"])
-    contains(causes, "SIGSEGV", "exited with code 9", "SIGKILL", "SIGTERM")
+    contains(causes, "SIGSEGV", "exited with code 9", "SIGKILL", "SIGTERM",
+             "out of memory: std::bad_alloc")
 
 
 def test_a_mismatch_and_a_delay(folder):
@@ -129,7 +131,7 @@ def test_a_killed_agent_of_a_stopped_worker(folder):
     agent_killed(folder, "stop rank=0 step=9 when=decided", 1)
 
 
-def test_out_of_memory_and_a_full_disk_say_so(folder):
+def test_a_full_disk_ends_the_job_and_says_so(folder):
     job = Job(folder)
     done = lockstep(*job.command("--workers", 2, "--inject", "full-disk step=6", "--set",
                                  "checkpoint.every_steps=1")[1:], code=1)

@@ -10,7 +10,7 @@ from harness import (LOCKSTEP, Result, Skip, check_flight_record, check_trace, c
                      lockstep, main, make_idx_folder, memory_limit, name_of, processes, report_of,
                      run, train)
 
-ENDLESS = ["--workers", "2", "--set", "train.epochs=262144", "--set", "dataset.rows=20000"]
+ENDLESS = ["--workers", "2", "--set", "train.epochs=200000", "--set", "dataset.rows=20000"]
 
 
 class Running:
@@ -151,7 +151,9 @@ def test_a_stopped_worker_is_missed_after_the_timeout(folder):
             os.kill(victim, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    contains(result.err, f"(pid {victim}): hung: no progress for 1.", ", stopped by SIGSTOP")
+    # Found by the other, whose wait is over, or by the agent.
+    contains(result.err, "rank ", f"pid {victim}", "stopped by ")
+    assert "gave up after 1." in result.err or "no progress for 1." in result.err, result
 
 
 def test_limits_of_the_process_are_errors(folder):
@@ -216,7 +218,7 @@ def test_full_disk(folder):
 
 def test_full_disk_for_the_metrics(folder):
     result = on_a_full_disk(folder, 64, (
-        f"{LOCKSTEP} train linear-regression --workers 1 --set train.epochs=262144 "
+        f"{LOCKSTEP} train linear-regression --workers 1 --set train.epochs=200000 "
         f"--output {folder}/disk/out; echo code $?; cat {folder}/disk/out/metrics.jsonl"))
     contains(result.err, "No space left on device", f"{folder}/disk/out")
     for line in result.out.split("code 1\n")[1].strip().split("\n"):

@@ -61,7 +61,11 @@ struct Recorded {
 // The members' seats by rank, then those of others that have left records. Without generations a
 // seat is a rank.
 std::vector<Recorded> recorded_seats(Segment& segment) {
-  const std::optional<Generation> generation = newest_generation(segment);
+  std::optional<Generation> generation;
+  try {
+    generation = newest_generation(segment);
+  } catch (const Error&) {  // damaged; the records may be whole
+  }
   std::vector<Recorded> seats;
   std::vector<bool> taken(static_cast<std::size_t>(segment.seats()), !generation);
   for (int rank = 0; rank < (generation ? int(generation->seats.size()) : segment.seats());

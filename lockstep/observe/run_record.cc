@@ -75,7 +75,8 @@ void RunRecord::take(const nlohmann::json& event) {
     parameters = event.at("parameters");
     if (event.contains("resumed")) take_resumed(event.at("resumed"));
   } else if (kind == "first_step") {
-    first_step_clock = event.at("clock").get<double>();
+    // Again from every other worker that becomes rank 0.
+    if (!first_step_clock) first_step_clock = event.at("clock").get<double>();
     if (clock == 0) clock = *first_step_clock;
   } else if (kind == "step") {
     const double now = event.at("clock"), passed = now - clock;

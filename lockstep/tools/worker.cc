@@ -59,7 +59,7 @@ int guarded(EventSink& events, const Rank& rank, const Work& work) {
   } catch (const c10::Error& error) {  // libtorch's own: without its C++ stack
     return failed("run", Error(error.what_without_backtrace()), kExitFailedRun);
   } catch (const std::bad_alloc&) {
-    return failed("run", Error("out of memory: the system refused an allocation"), kExitFailedRun);
+    return failed("run", Error("std::bad_alloc: the system refused an allocation"), kExitFailedRun);
   } catch (const std::exception& error) {
     return failed("run", error, kExitFailedRun);
   }
