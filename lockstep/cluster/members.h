@@ -85,6 +85,8 @@ class Members {
     nlohmann::json recovery;       // null: nothing committed since
   };
 
+  // Also who is told to leave: until it has left, the others may be waiting for it.
+  bool may_work(std::uint64_t worker) const;
   void publish(const JobGeneration& generation, Clock::time_point now);
   void recovered(const nlohmann::json& event);
   void tell_recoveries(Clock::time_point now);
