@@ -144,7 +144,8 @@ void Agent::take_answers() {
     if (*pid < 0) throw Error("cannot start a worker: " + errno_text(-*pid));
     zygotes_lost_ = 0;
     runs(id, adopt(*pid));
-    if (ending_ || done_) ::kill(-*pid, SIGKILL);
+    // It may have become unneeded before it was forked.
+    if (ending_ || done_ || workers_.at(id).process.is_condemned()) ::kill(-*pid, SIGKILL);
     if (members_) members_->runs(workers_.at(id).number, *pid, Clock::now());
   }
   ask_zygote();

@@ -192,9 +192,12 @@ std::vector<Members::Condemned> Members::look_for_hung(Clock::time_point now) {
         condemned.push_back(
             {id, fmt::format("hung: not ready after {:g} s", seconds(options_.start_timeout))});
   std::vector<HangWatch::Member> members;
-  if (options_.hang_timeout > Clock::duration::zero())
+  // Between two generations all wait for the next, however long a replacement takes.
+  const GenerationPtr generation = coordinator_.generation();
+  const bool between = generation && generations_over(*segment_) > generation->number;
+  if (options_.hang_timeout > Clock::duration::zero() && !between)
     for (const auto& [id, worker] : workers_)
-      if (is_member(id) && lives(roster_.find(id)->state))
+      if (may_work(id) && lives(roster_.find(id)->state))
         members.push_back({id, sight_of(*segment_, worker.seat)});
   for (const HangWatch::Hung& hung : hangs_.look(members, now)) {
     const std::string stop = stopping_signal(workers_.at(hung.id).pid);
@@ -225,6 +228,13 @@ JobStatus Members::status() const {
 int Members::rank_of(std::uint64_t worker) const {
   const auto found = workers_.find(worker);
   return found == workers_.end() ? -1 : found->second.rank;
+}
+
+bool Members::may_work(std::uint64_t worker) const {
+  const GenerationPtr generation = coordinator_.generation();
+  return is_member(worker) ||
+         (generation && std::ranges::any_of(generation->leaving,
+                                            [&](auto& one) { return one.incarnation == worker; }));
 }
 
 void Members::tell(std::uint64_t worker, const char* state, const std::string& cause,

@@ -87,6 +87,8 @@ class Members {
 
   // Of a member, as of now.
   Loss loss_of(std::uint64_t worker, std::string cause, Clock::time_point now) const;
+  // Also who is told to leave: until it has left, the others may be waiting for it.
+  bool may_work(std::uint64_t worker) const;
   void publish(const JobGeneration& generation, Clock::time_point now);
   void recovered(const nlohmann::json& event);
   void tell_recoveries(Clock::time_point now);

@@ -143,7 +143,8 @@ Decision Coordinator::Machine::decide(Clock::time_point now) {
     account_for_the_lost();
   }
   Tally tally = count();
-  if (!end_ && generation_ && tally.finished == generation_->members.size())
+  if (!end_ && generation_ && tally.finished > 0 &&
+      tally.finished + tally.gone == generation_->members.size())
     end(true, "all workers finished");
   if (!end_) {
     order_starts(tally, now);
@@ -222,7 +223,9 @@ void Coordinator::Machine::go_on_without_the_lost(Tally& tally, Clock::time_poin
   const std::string starts = starts_.empty() ? "" : "; " + starts_;
   if (!wait) {
     // Newcomers would wait for those who have finished.
-    publish_survivors(tally, lost_.empty() ? "others have finished" : all_of(lost_));
+    publish_survivors(tally, !lost_.empty()       ? all_of(lost_)
+                             : tally.finished > 0 ? "others have finished"
+                                                  : "who was to leave has left");
   } else if (news_) {
     tell(fmt::format("{}: {}{}", all_of(lost_),
                      tally.dying ? "waiting for the end of who is being killed"
@@ -273,6 +276,7 @@ std::string Coordinator::Machine::publish_survivors(Tally& tally, const std::str
                   starts_.empty() ? "" : "; " + starts_);
   starts_.clear();
   publish(std::move(members), {}, true, reason);
+  for (const Member& member : tally.leaving) find(member)->may_go = true;
   return reason;
 }
 

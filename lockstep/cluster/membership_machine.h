@@ -37,7 +37,10 @@ class Coordinator::Machine {
     int last_rank = -1;
     bool was_member = false;  // never again, unless it is one
     bool was_ready = false;
-    bool leaving = false;    // the newest generation drops it
+    bool leaving = false;  // the newest generation drops it
+    // It had been told to leave when others died: until that generation is taken up it may go yet,
+    // and has then not finished the job.
+    bool may_go = false;
     bool unneeded = false;   // to be killed
     bool accounted = false;  // that it is lost has been noticed
 
@@ -62,6 +65,7 @@ class Coordinator::Machine {
     std::vector<Member> waiting;  // ready, and never a member
     std::size_t starting = 0;     // these, and who has been ordered
     std::size_t finished = 0;     // members
+    std::size_t gone = 0;         // members that left, as they had been told
     bool lost = false;            // a member, or one that is leaving
     bool dying = false;           // likewise, and not fenced
     const Worker* failed_group = nullptr;  // of a living member: a comm_error

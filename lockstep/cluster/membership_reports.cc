@@ -133,10 +133,13 @@ void Coordinator::Machine::account(int id, Worker& worker) {
 Coordinator::Machine::Tally Coordinator::Machine::count() {
   Tally tally;
   const auto look = [&](const Member& member, std::vector<Member>& living) {
-    const Worker* const worker = find(member);
+    Worker* const worker = find(member);
+    if (worker != nullptr && taken_up()) worker->may_go = false;
     const WorkerState state = worker != nullptr ? worker->report.state : WorkerState::failed;
     if (lives(state)) living.push_back(member);
-    tally.lost |= state == WorkerState::dying || state == WorkerState::failed;
+    const bool gone = state == WorkerState::finished && worker->may_go;
+    tally.gone += gone ? 1 : 0;
+    tally.lost |= state == WorkerState::dying || state == WorkerState::failed || gone;
     tally.dying |= state == WorkerState::dying;
     if (lives(state) && worker->report.comm_error.value_or(0) >= over_ &&
         worker->report.comm_error && tally.failed_group == nullptr) {
@@ -148,6 +151,7 @@ Coordinator::Machine::Tally Coordinator::Machine::count() {
   if (generation_) {
     for (const Member& member : generation_->members)
       tally.finished += look(member, tally.staying) == WorkerState::finished ? 1 : 0;
+    tally.finished -= tally.gone;
     finishing_ |= tally.finished > 0;
     if (!taken_up())
       for (const Member& member : generation_->leaving) look(member, tally.leaving);

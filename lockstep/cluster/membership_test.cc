@@ -222,6 +222,41 @@ TEST(Membership, WhoIsLeavingStaysWhenSomebodyDies) {
   EXPECT_TRUE(job.generation().at_once());
 }
 
+// It may have left by then: that is not the job's end, and others are still replaced.
+TEST(Membership, WhoWasToLeaveAndLeavesHasNotFinishedTheJob) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.scale(1);
+  job.die(0);
+  EXPECT_THAT(job.members(), ElementsAre(1));
+  EXPECT_THAT(job.finish(1), ElementsAre("1 worker starts"));
+  EXPECT_FALSE(job.end);
+  job.ready();
+  EXPECT_THAT(job.members(), ElementsAre(2));
+
+  Job larger({.least = 2, .most = 3});
+  larger.begin();
+  larger.scale(2);
+  larger.die(0);
+  EXPECT_THAT(larger.members(), ElementsAre(1, 2));
+  larger.finish(2);
+  larger.ready();
+  EXPECT_THAT(larger.members(), ElementsAre(1, 3));
+  EXPECT_FALSE(larger.end);
+}
+
+// Once the generation that has it is taken up, it takes part until the end.
+TEST(Membership, WhoWasToLeaveAndStayedFinishesTheJob) {
+  Job job({.least = 1, .most = 2});
+  job.begin();
+  job.scale(1);
+  job.die(0);
+  job.commit();
+  job.finish(1);
+  ASSERT_TRUE(job.end);
+  EXPECT_TRUE(job.end->ok);
+}
+
 TEST(Membership, ADeathOfWhoIsLeaving) {
   Job job({.least = 1, .most = 3});
   job.begin();

@@ -56,6 +56,7 @@ class WorkerProcess {
 
   // A cause that the agent knows: why it kills it.
   void condemn(std::string cause) { condemned_ = std::move(cause); }
+  bool is_condemned() const { return !condemned_.empty(); }
 
  private:
   Ending ending_of(int status) const;

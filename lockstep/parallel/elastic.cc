@@ -26,9 +26,11 @@ struct Replicas::Impl {
   std::vector<std::uint32_t> versions;
   std::vector<at::Tensor> buffers_before;
   bool in_step = false;
-  bool is_new = true;  // it has not been in a generation
+  bool is_new = true;         // it has not been in a generation
+  bool is_receiving = false;  // another's values: a part of them, if the giver dies
 
   bool is_whole() const {
+    if (is_receiving) return false;
     for (std::size_t i = 0; in_step && i < parameters.size(); ++i)
       if (parameters[i]._version() != versions[i]) return false;
     return true;
@@ -60,9 +62,9 @@ Replicas::~Replicas() = default;
 std::string Replicas::enter(const World& world) {
   Impl& mine = *impl_;
   constexpr std::int64_t kTorn = -1, kNew = -2;
-  const std::int64_t step = mine.is_new       ? kNew
-                            : mine.is_whole() ? static_cast<std::int64_t>(step_)
-                                              : kTorn;
+  const std::int64_t step = !mine.is_whole() ? kTorn
+                            : mine.is_new    ? kNew
+                                             : static_cast<std::int64_t>(step_);
   if (std::exchange(mine.in_step, false))
     for (std::size_t i = 0; i < mine.buffers.size(); ++i)
       std::ranges::copy(bytes_of(mine.buffers_before[i]), bytes_of(mine.buffers[i]).begin());
@@ -75,7 +77,10 @@ std::string Replicas::enter(const World& world) {
     throw Error(
         "every worker's replica was being changed when the last generation ended; hint: "
         "optimizer.step() comes last in a step, after its collectives");
-  mine.give(world, static_cast<int>(newest - steps.begin()));
+  const auto source = static_cast<int>(newest - steps.begin());
+  mine.is_receiving = step != *newest;  // else what it has is the same, bit for bit
+  mine.give(world, source);
+  mine.is_receiving = false;
   mine.is_new = false;
   step_ = static_cast<std::uint64_t>(std::max<std::int64_t>(*newest, 0));
   make_model(world);
@@ -109,7 +114,7 @@ End run_steps(const World& world, State& state, const std::function<bool()>& ste
   world.declare_elastic();
   world.join();
   FaultInjector faults(world);
-  bool in_step = false;
+  bool in_step = false, is_first = true;
   const auto in_this_generation = [&]() -> std::optional<End> {
     const std::uint64_t before = state.step_;
     const std::string source = state.enter(world);
@@ -133,6 +138,11 @@ End run_steps(const World& world, State& state, const std::function<bool()>& ste
       in_step = false;
       world.made_progress();
       faults.at(Point::committed, state.step_);
+      // The first generation has begun, too: until then it is not changed.
+      if (world.rank() == 0 && world.generation() == 0 && std::exchange(is_first, false))
+        world.events().emit({{"event", "first_step"},
+                             {"rank", 0},
+                             {"clock", seconds(Clock::now().time_since_epoch())}});
       if (world.rank() == 0 && !recovered.is_null()) {
         recovered["step"] = state.step_;
         recovered["clock"] = seconds(Clock::now().time_since_epoch());

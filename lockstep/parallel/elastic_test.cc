@@ -8,9 +8,11 @@
 #include <torch/optim/adamw.h>
 #include <torch/optim/rmsprop.h>
 #include <torch/optim/sgd.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
+#include <string>
 
 #include "lockstep/bridge/optimizer_state.h"
 #include "lockstep/parallel/generations.h"
@@ -183,6 +185,113 @@ void expect_equal_steps(const Options& options) {
   for (std::size_t i = 0; i < one->parameters().size(); ++i)
     EXPECT_TRUE(at::equal(one->parameters()[i], other->parameters()[i]));
   EXPECT_THROW(set_optimizer_state(second, std::span(bytes).first(bytes.size() - 1)), Error);
+}
+
+// Who is left when others have finished may be fewer than the least number: more of the tree is its
+// part than of anybody's before, and its neighbour's memory is not.
+TEST(ElasticLoop, BelowTheLeastNumberAWorkerKeepsToItsMemory) {
+  Generations job(3, 3);
+  const auto room = job.segment().allocate(1, 64, "the neighbour's");
+  job.start(0, [](const World& world) {
+    torch::nn::Sequential net = make_net(1);
+    elastic::Shared state(net, Adam({.lr = 0.01}), {.virtual_ranks = 8});
+    elastic::run(world, state, [&](auto& model) {
+      if (state.step() == 2) return false;
+      model.step([&](int virtual_rank) -> VirtualLoss {
+        const at::Tensor loss = loss_of(net, state.step(), virtual_rank);
+        loss.backward();
+        return {loss.item<double>(), 4.0};
+      });
+      return true;
+    });
+  });
+  job.say({0}, true);
+  job.join();
+  const auto offset = static_cast<std::uint64_t>(job.segment().offset_of(room.data()));
+  for (const std::byte byte : job.segment().at(1, offset, 64 << 10)) ASSERT_EQ(byte, std::byte{0});
+}
+
+// A replica of which the giver, who died, has changed a part belongs to no step.
+struct DeadlyOptions : torch::optim::AdamOptions {
+  explicit DeadlyOptions(std::atomic<int>& gifts) : AdamOptions(0.01), gifts_left(gifts) {}
+  double get_lr() const override {
+    if (armed && --gifts_left == 0) throw Killed{};
+    return AdamOptions::get_lr();
+  }
+  std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
+    return std::make_unique<DeadlyOptions>(*this);
+  }
+  std::atomic<int>& gifts_left;
+  bool armed = true;
+};
+
+TEST(ElasticLoop, AReplicaThatIsHalfReceivedIsNotTaken) {
+  Generations job(1, 2);
+  std::atomic<int> gifts_left = 2;  // at the beginning, and the one that ends it
+  std::atomic<bool> failed = false;
+  const auto loop = [&](const World& world, bool gives) {
+    torch::nn::Sequential net = make_net(1);
+    torch::optim::Adam optimizer(net->parameters(), torch::optim::AdamOptions(0.01));
+    if (gives) optimizer.param_groups()[0].set_options(std::make_unique<DeadlyOptions>(gifts_left));
+    elastic::Replicated state(net, optimizer);
+    elastic::run(world, state, [&](auto&) {
+      if (state.step() == 8) return false;
+      optimizer.zero_grad();
+      loss_of(net, state.step(), world.rank()).backward();
+      if (!gives && state.step() == 3) {
+        job.say({0, 1}, true);
+        throw CommError("the generation ends before this rank has made the update");
+      }
+      optimizer.step();
+      return true;
+    });
+  };
+  job.start(0, [&](const World& world) {
+    try {
+      loop(world, true);
+    } catch (const Killed&) {
+      job.say({1}, true);
+    }
+  });
+  job.start(1, [&](const World& world) {
+    try {
+      loop(world, false);
+    } catch (const Error&) {
+      failed = true;
+    }
+  });
+  job.say({0, 1}, true);
+  job.join();
+  EXPECT_TRUE(failed);
+}
+
+// Its agent changes no generation that has not been taken up.
+TEST(ElasticLoop, SaysThatTheFirstGenerationHasMadeAStep) {
+  Generations job(1, 1);
+  int pipe[2];
+  ASSERT_EQ(::pipe(pipe), 0);
+  Place place{.launcher = Launcher::lockstep};
+  place.seat = 0;
+  place.segment_fd = ::dup(job.segment().fd());
+  place.event_fd = pipe[1];
+  job.say({0}, true);
+  {
+    const World world = init_from(place, {.join = false});
+    torch::nn::Sequential net = make_net(1);
+    elastic::Shared state(net, Adam({.lr = 0.01}));
+    elastic::run(world, state, [&](auto& model) {
+      if (state.step() == 2) return false;
+      loss_of(net, state.step(), 0).backward();
+      model.step();
+      return true;
+    });
+  }
+  std::string said(4096, '\0');
+  said.resize(static_cast<std::size_t>(::read(pipe[0], said.data(), said.size())));
+  ::close(pipe[0]);
+  const auto first = said.find("first_step");
+  EXPECT_NE(first, said.npos);
+  EXPECT_EQ(said.find("first_step", first + 1), said.npos);
 }
 
 TEST(OptimizerState, IsGivenToAnother) {

@@ -122,7 +122,7 @@ void SharedWeights::State::place_weights(const InitialState* initial) {
 
 void SharedWeights::State::make_weights(const SharedLayout& layout, std::size_t bytes,
                                         const InitialState* initial) {
-  const int virtual_ranks = options.virtual_ranks == 0 ? world.size() : options.virtual_ranks;
+  const int virtual_ranks = options.virtual_ranks == 0 ? world.most_size() : options.virtual_ranks;
   last = first_record(spec, virtual_ranks);
   if (initial != nullptr) {
     last.step = initial->step;
@@ -198,7 +198,9 @@ void SharedWeights::State::place_contributions() {
   tree = tree_layout(virtual_ranks, world.size());
   losses.resize(static_cast<std::size_t>(virtual_ranks));
   int most = 1;  // as much as any rank needs in any generation
-  for (int size = world.least_size(); size <= std::min(world.most_size(), virtual_ranks); ++size)
+  // Below the least number, who is left finishes what others have ended.
+  for (int size = std::min(world.least_size(), world.size());
+       size <= std::min(world.most_size(), virtual_ranks); ++size)
     for (const VirtualRange& one : partition_virtual_ranks(virtual_ranks, size))
       most = std::max(most, plan_accumulation(one, virtual_ranks).slots);
   plan = plan_accumulation(run(), virtual_ranks);

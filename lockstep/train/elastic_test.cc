@@ -36,6 +36,7 @@ class Rows : public BatchSource {
 struct Outcome {
   std::vector<at::Tensor> tensors;
   std::vector<EpochSummary> epochs;
+  std::int64_t steps = 0;
 };
 
 // One worker's life. hook(): called before each loss, with the number of losses so far.
@@ -88,6 +89,7 @@ class Cluster : public Generations {
     for (const at::Tensor& tensor : net->parameters()) outcome_->tensors.push_back(tensor.clone());
     for (const at::Tensor& tensor : net->buffers()) outcome_->tensors.push_back(tensor.clone());
     outcome_->epochs = report.epochs;
+    outcome_->steps = report.steps;
     changed_.notify_all();
   }
 
@@ -192,6 +194,36 @@ TEST(Elastic, AllDieAndOthersTakeOver) {
               "all are lost");  // the second death is one of a generation that is over
   for (const int seat : {2, 3}) cluster.start(seat);
   expect_the_same(cluster.outcome());
+}
+
+// Its word is not lost when others join at the end of that very step.
+TEST(Elastic, ACallbackStopsAStepThatEndsAGeneration) {
+  Cluster cluster(2, 2);
+  std::atomic<bool> said = false;
+  cluster.options.epochs = 1000;
+  cluster.options.callbacks.on_step = [&](const StepSummary& step) {
+    if (step.step == 5 && !said.exchange(true)) cluster.say({0, 1}, false);
+    return step.step != 6 && step.step != 7;  // every rank has seen the generation by the sixth
+  };
+  for (const int seat : {0, 1}) cluster.start(seat);
+  cluster.say({0, 1}, true);
+  EXPECT_EQ(cluster.outcome().steps, 6);
+  EXPECT_EQ(cluster.outcome().epochs.size(), 1u);
+}
+
+// Nor when the generation is over before the others have heard of it.
+TEST(Elastic, ACallbackStopsAnEpochWhoseEndIsDoneAgain) {
+  Cluster cluster(2, 2);
+  std::atomic<bool> said = false;
+  cluster.options.epochs = 1000;
+  cluster.options.callbacks.on_epoch = [&](const EpochSummary& epoch) {
+    if (epoch.epoch != 2) return true;
+    if (!said.exchange(true)) cluster.say({0, 1}, true);
+    return false;
+  };
+  for (const int seat : {0, 1}) cluster.start(seat);
+  cluster.say({0, 1}, true);
+  EXPECT_EQ(cluster.outcome().epochs.size(), 2u);
 }
 
 TEST(Elastic, AskedToStopItEndsAfterTheStep) {

@@ -84,13 +84,15 @@ Run::Run(const World& world, const TrainerOptions& options, const Task& task,
 
 // In a later generation: what it begins with, and what of the last one's is done again.
 void Run::take_up() {
-  std::int32_t redone = session_.in_step && !weights_.origin().finished_step ? 1 : 0;
+  std::int32_t flags[2] = {session_.in_step && !weights_.origin().finished_step ? 1 : 0,
+                           session_.stopped ? 1 : 0};
   session_.in_step = false;
-  world_.group().all_reduce(std::as_writable_bytes(std::span(&redone, 1)), Dtype::int32,
-                            Reduction::max, {.tag = "what is done again"});
+  world_.group().all_reduce(std::as_writable_bytes(std::span(flags)), Dtype::int32, Reduction::max,
+                            {.tag = "what is done again"});
+  stopped_ = session_.stopped = flags[1] != 0;
   recovered_ = {{"event", "recovered"},
                 {"generation", world_.generation()},
-                {"steps_redone", redone},
+                {"steps_redone", flags[0]},
                 {"source", weights_.origin().found ? "segment"
                            : found_.path.empty()   ? "start"
                                                    : "checkpoint"},
@@ -103,7 +105,14 @@ std::optional<FitReport> Run::go() {
   std::string reason;
   if (progress_.step_of_epoch == 0 && !progress_.epochs.empty())
     reason = stop_reason(options_, progress_.epochs);  // taken up at its end
-  if (!reason.empty()) write_snapshot();
+  const bool ends_epoch = progress_.step_of_epoch == ledger_.steps_per_epoch() ||
+                          (progress_.step_of_epoch > 0 && options_.max_steps > 0 &&
+                           progress_.step >= options_.max_steps);
+  if (reason.empty() && stopped_ && !ends_epoch) reason = kByCallback;
+  if (!reason.empty()) {  // whoever was to save it may have died
+    write_snapshot();
+    if (weights_.origin().found) session_.checkpoints->save(weights_, progress_, /*always=*/true);
+  }
   try {
     while (reason.empty()) {
       reason = run_steps();
@@ -161,12 +170,11 @@ std::string Run::run_steps() {
     if (!last && (stops || preempted_ || (every > 0 && progress_.step % every == 0)))
       session_.checkpoints->save(weights_, progress_, /*always=*/true);
     stopped_ = stops;
-    if (last) break;
+    if (last || next_generation_) break;  // which knows that a callback stops
     if (stops || preempted_) {
       write_snapshot();
       return preempted_ ? kAskedToStop : kByCallback;
     }
-    if (next_generation_) break;
   }
   return "";
 }
@@ -243,10 +251,11 @@ void Run::evaluate_into(EpochSummary& summary) {
 
 // Collective.
 bool Run::any_rank_stops(bool goes_on) {
-  std::int32_t stops = goes_on ? 0 : 1;
+  session_.stopped |= !goes_on;  // also if the generation ends before the others know
+  std::int32_t stops = session_.stopped ? 1 : 0;
   world_.group().all_reduce(std::as_writable_bytes(std::span(&stops, 1)), Dtype::int32,
                             Reduction::max, {.tag = "whether a callback stops"});
-  return stops != 0;
+  return session_.stopped = stops != 0;
 }
 
 // After an epoch. Where checkpoints are wanted at all: the end and the best one, too. Epochs that

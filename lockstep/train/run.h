@@ -28,6 +28,7 @@ struct Session {
   std::optional<CheckpointWriter> checkpoints;
   bool in_step = false;  // computing one that is not committed
   bool first_step = true;
+  bool stopped = false;  // by a callback, here or on another rank
   std::int64_t epochs_called_back = 0;
 };
 

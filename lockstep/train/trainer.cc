@@ -16,17 +16,18 @@ namespace {
 
 void check(const World& world, const TrainerOptions& options, const Task& task,
            std::uint64_t samples, const BatchSource* test) {
+  const int workers = world.most_size();
   if (samples == 0) throw ConfigError("the training set is empty");
-  if (options.virtual_ranks < world.size())
+  if (options.virtual_ranks < workers)
     throw ConfigError(fmt::format("{} workers, but train.virtual_ranks is {}: a worker would have "
                                   "nothing to do",
-                                  world.size(), options.virtual_ranks),
+                                  workers, options.virtual_ranks),
                       fmt::format("--workers {} or fewer", options.virtual_ranks));
   if (samples < static_cast<std::uint64_t>(options.virtual_ranks))
     throw ConfigError(
         fmt::format("{} workers (train.virtual_ranks = {}) for {} training samples: more workers "
                     "than samples",
-                    world.size(), options.virtual_ranks, samples),
+                    workers, options.virtual_ranks, samples),
         fmt::format("--workers {} or fewer", samples));
   if (options.patience > 0 && test == nullptr)
     throw ConfigError("train.patience needs a test set",

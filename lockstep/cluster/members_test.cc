@@ -1,0 +1,63 @@
+#include "lockstep/cluster/members.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "lockstep/memory/control_block.h"
+
+namespace lockstep {
+namespace {
+
+using namespace std::chrono_literals;
+
+struct Job {
+  explicit Job(const Policy& policy)
+      : members(
+            {.policy = policy, .hang_timeout = 1s}, segment, [](const nlohmann::json&) {}, now) {
+    for (const int seat : members.decide(now).start) {
+      workers.push_back(members.start(seat));
+      members.runs(workers.back(), 1 << 30, now);  // no process that there can be
+      members.says(workers.back(), {{"event", "join"}}, now);
+    }
+    members.decide(now);
+    members.says(workers[0], {{"event", "first_step"}}, now);
+  }
+  std::vector<std::uint64_t> hung_within(Clock::duration time) {
+    std::vector<std::uint64_t> hung;
+    for (const auto end = now + time; now < end; now += 100ms) {
+      for (const auto& one : members.look_for_hung(now)) hung.push_back(one.worker);
+      members.decide(now);
+    }
+    return hung;
+  }
+
+  Clock::time_point now{1000s};
+  std::shared_ptr<Segment> segment = Segment::create({.seats = 4, .arena_bytes = 1 << 20});
+  Members members;
+  std::vector<std::uint64_t> workers;
+};
+
+// Who is told to leave hangs before it could: it is to be killed, and not those who wait for it.
+TEST(Members, WhoIsToLeaveAndHangsIsFound) {
+  Job job({.least = 1, .most = 2});
+  job.members.scale(1);
+  job.members.decide(job.now);
+  ASSERT_FALSE(job.members.is_member(job.workers[1]));
+  job.segment->control(0).calls[0].words[0] = 5;  // waits there for who is at 4
+  job.segment->control(1).calls[0].words[0] = 4;
+  EXPECT_THAT(job.hung_within(3s), testing::ElementsAre(job.workers[1]));
+}
+
+// Who is left waits as long as the dying and their replacements take.
+TEST(Members, WhoWaitsForAReplacementDoesNotHang) {
+  Job job({.least = 2, .most = 2});
+  job.segment->control(0).calls[0].words[0] = 5;
+  job.segment->control(1).calls[0].words[0] = 4;
+  EXPECT_THAT(job.hung_within(3s), testing::ElementsAre(job.workers[1]));
+  job.members.ended(job.workers[1], {.signal = 9, .cause = "killed"}, job.now);
+  EXPECT_THAT(job.members.decide(job.now).start, testing::ElementsAre(2));
+  EXPECT_THAT(job.hung_within(3s), testing::IsEmpty());
+}
+
+}  // namespace
+}  // namespace lockstep
