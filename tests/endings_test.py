@@ -156,6 +156,22 @@ def test_a_stopped_worker_is_missed_after_the_timeout(folder):
     assert "gave up after 1." in result.err or "no progress for 1." in result.err, result
 
 
+def test_a_killed_zygote_is_started_again(folder):
+    running = Running(folder)
+
+    def zygotes():
+        return [pid for pid in processes(running.mark) if name_of(pid) == "lockstep-zygote"]
+    (victim,) = zygotes()
+    os.kill(victim, signal.SIGKILL)
+    running.wait_for(lambda: zygotes() not in ([], [victim]), "another zygote")
+    victim = running.workers()[0]  # and its workers are as good as the first one's
+    os.kill(victim, signal.SIGKILL)
+    running.wait_for(lambda: victim not in running.workers() and len(running.workers()) == 2,
+                     "replacement")
+    os.kill(running.process.pid, signal.SIGTERM)
+    contains(running.end([75]).out, "recovered: rank ")
+
+
 def test_limits_of_the_process_are_errors(folder):
     for limit, name in (("--as=100000000", "RLIMIT_AS"), ("--fsize=1000000", "RLIMIT_FSIZE")):
         result = run("prlimit", limit, LOCKSTEP, "train", "linear-regression", "--output",

@@ -14,6 +14,8 @@
 #include <cstdio>
 #include <ctime>
 
+#include "lockstep/collective/ranks.h"
+
 namespace lockstep {
 namespace {
 
@@ -66,6 +68,9 @@ class ZygoteTest : public testing::Test {
     ::kill(process_.pid, SIGKILL);
     ::waitpid(process_.pid, nullptr, 0);
     ::prctl(PR_SET_CHILD_SUBREAPER, 0);
+  }
+  void SetUp() override {
+    if (kThreadSanitizer) GTEST_SKIP() << "it has a thread of its own, and a zygote has none";
   }
   Zygote zygote_;
   Process process_;
