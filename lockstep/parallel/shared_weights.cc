@@ -98,6 +98,7 @@ void SharedWeights::State::accumulate(const Compute& compute) {
     bear_gradients_in(step.slot);
     restore_buffers();
     const VirtualLoss loss = compute(step.virtual_rank);
+    world.made_progress();
     losses[static_cast<std::size_t>(step.virtual_rank)] = loss;
     if (loss.weight > 0) keep_integers();
     collect(step.slot);

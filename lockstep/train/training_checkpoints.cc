@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "lockstep/base/error.h"
 #include "lockstep/parallel/text_of_rank_0.h"
@@ -95,6 +96,7 @@ void CheckpointWriter::save(const SharedWeights& weights, const Progress& progre
   if (!saver_)
     saver_.emplace(options_.checkpoint_dir, CheckpointOptions{.keep = options_.checkpoint_keep});
   if (!always && !saver_->is_idle()) return;
+  await_idle();
   const auto step = static_cast<std::uint64_t>(progress.step);
   std::vector<std::uint64_t> best;
   if (const auto index = best_epoch(options_, progress.epochs))
@@ -111,8 +113,18 @@ void CheckpointWriter::save(const SharedWeights& weights, const Progress& progre
                                       .best = !best.empty() && best[0] == step});
 }
 
+// A disk may be slow: who waits for it does not hang.
+void CheckpointWriter::await_idle() {
+  while (!saver_->is_idle()) {
+    world_.made_progress();
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+}
+
 void CheckpointWriter::finish() {
-  if (saver_) saver_->wait();
+  if (!saver_) return;
+  await_idle();
+  saver_->wait();
 }
 
 }  // namespace lockstep

@@ -44,6 +44,7 @@ class CheckpointWriter {
   void finish();  // all are written; throws Error
 
  private:
+  void await_idle();
   const World world_;
   const TrainerOptions options_;
   const JobSettings job_;
