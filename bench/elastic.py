@@ -22,7 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 BUILD = os.environ.get("LOCKSTEP_BUILD", os.path.join(os.path.dirname(HERE), "build"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 JOB = ["fashion-mnist", "--set", "model.widths=[1024, 1024]", "--set", "optimizer.name=adam",
-       "--set", "train.global_batch_size=256", "--set", "train.virtual_ranks=4",
+       "--set", "train.global_batch_size=384", "--set", "train.virtual_ranks=4",
        "--set", "train.epochs=100000", "--max-restarts", "100000", "--quiet"]
 MEDIAN_S, WORST_S, THROUGHPUT = 0.3, 0.6, 0.9  # to reach
 
