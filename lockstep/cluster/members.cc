@@ -64,6 +64,8 @@ void Members::says(std::uint64_t worker, const nlohmann::json& event, Clock::tim
     if (began() && generation == coordinator_.generation()->number &&
         (failure_.rank < 0 || failure_.generation < generation))
       failure_ = loss_of(worker, event.at("message"), now);
+  } else if (name == "entered") {
+    roster_.entered(event.at("generation"));
   } else if (name == "recovered") {
     recovered(event);
   } else if (name == "step") {

@@ -59,5 +59,26 @@ TEST(Members, WhoWaitsForAReplacementDoesNotHang) {
   EXPECT_THAT(job.hung_within(3s), testing::IsEmpty());
 }
 
+TEST(Roster, ADeadMembersSeatIsFreeOnceTheNextGenerationHasEntered) {
+  Roster roster(0, 2);
+  const auto follow = [&](std::uint64_t generation, std::uint64_t worker, int seat) {
+    auto next = std::make_shared<JobGeneration>();
+    next->number = generation;
+    next->members = {{0, seat, worker}};
+    Assignment assignment;
+    assignment.acknowledged = roster.report({}).version;
+    assignment.generation = next;
+    return roster.follow(assignment);
+  };
+  const std::uint64_t first = roster.started(0, 1), second = roster.started(1, 2);
+  follow(0, first, 0);
+  roster.ended(first, WorkerState::failed, "killed");
+  EXPECT_TRUE(follow(1, second, 1).reset.empty());  // a step that it decided is to be finished
+  roster.entered(0);                                // it was: of the one before
+  EXPECT_TRUE(follow(1, second, 1).reset.empty());
+  roster.entered(1);
+  EXPECT_EQ(follow(1, second, 1).reset, std::vector{0});
+}
+
 }  // namespace
 }  // namespace lockstep

@@ -58,6 +58,8 @@ void Roster::committed(std::uint64_t step, std::uint64_t generation) {
   report_.taken_up = std::max(report_.taken_up.value_or(0), generation);
 }
 
+void Roster::entered(std::uint64_t generation) { entered_ = std::max(entered_, generation); }
+
 NodeReport Roster::report(Clock::time_point now) {
   ++report_.version;
   report_.room = seats_ - static_cast<int>(report_.workers.size());
@@ -93,9 +95,10 @@ NodePlan Roster::follow(const Assignment& assignment) {
       plan.kill.push_back(worker.incarnation);
     }
   // The seat of a dead member holds its part of a step that may have been decided, until a
-  // generation without it has committed a step.
+  // generation without it has made that whole, or committed a step.
   std::erase_if(report_.workers, [&](const WorkerReport& worker) {
-    const bool needed = worker.listed && (!report_.taken_up || *report_.taken_up <= *worker.listed);
+    const std::uint64_t newest = std::max(entered_, report_.taken_up.value_or(0));
+    const bool needed = worker.listed && newest <= *worker.listed;
     const auto told = told_.find(worker.incarnation);
     if (!lockstep::ended(worker.state) || needed || told == told_.end() ||
         told->second > acknowledged_)

@@ -39,6 +39,8 @@ class Roster {
   void ended(std::uint64_t incarnation, WorkerState state, std::string cause,
              bool failed_for_good = false);
   void comm_error(std::uint64_t incarnation, std::uint64_t generation, std::string message);
+  // All its members have taken over what was left of older generations.
+  void entered(std::uint64_t generation);
   void committed(std::uint64_t step, std::uint64_t generation);  // generation: that committed it
 
   // --- Talking to the coordinator ---
@@ -59,6 +61,7 @@ class Roster {
   std::uint64_t term_ = 0;
   std::uint64_t over_ = 0;
   std::uint64_t acknowledged_ = 0;
+  std::uint64_t entered_ = 0;  // the newest generation that all its members have
   std::deque<std::pair<std::uint64_t, Clock::time_point>> sent_;  // versions not yet acknowledged
   Clock::time_point lease_from_{};
   std::map<std::uint64_t, std::uint64_t> told_;  // in which version an incarnation's end was first

@@ -24,6 +24,7 @@
 //   elastic: (once, that it is one)
 //   join: (it is ready to be a member)
 //   comm_error: generation, message
+//   entered: generation (from rank 0: what older generations had decided is whole)
 //   recovered: generation, step, steps_redone, source, clock; from rank 0, after the first step in
 //     another generation
 // The agent's own, with rank -1:

@@ -123,6 +123,8 @@ End run_steps(const World& world, State& state, const std::function<bool()>& ste
     if (world.generation() > 0) {
       world.group().all_reduce(std::as_writable_bytes(std::span(&redone, 1)), Dtype::int32,
                                Reduction::max, {.tag = "what is done again"});
+      if (world.rank() == 0)
+        world.events().emit({{"event", "entered"}, {"generation", world.generation()}});
       recovered = {{"event", "recovered"},
                    {"generation", world.generation()},
                    {"steps_redone", redone},

@@ -89,6 +89,8 @@ void Run::take_up() {
   session_.in_step = false;
   world_.group().all_reduce(std::as_writable_bytes(std::span(flags)), Dtype::int32, Reduction::max,
                             {.tag = "what is done again"});
+  if (world_.rank() == 0)
+    world_.events().emit({{"event", "entered"}, {"generation", world_.generation()}});
   stopped_ = session_.stopped = flags[1] != 0;
   recovered_ = {{"event", "recovered"},
                 {"generation", world_.generation()},
