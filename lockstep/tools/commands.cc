@@ -24,7 +24,7 @@ std::pair<std::string, std::string> split_range(const std::string& text) {
 }
 
 int seats_for(int most, int standby, bool replaces) {
-  constexpr int kDeathsInAStep = 48;  // beyond that of all: in one recovery after another
+  constexpr int kDeathsInAStep = 16;  // beyond that of all: in one recovery after another
   return std::min(replaces ? 2 * most + standby + kDeathsInAStep : most + standby, kMaxSeats);
 }
 
