@@ -125,13 +125,13 @@ void Agent::begin_job() {
 // What the coordinator wants, until it wants nothing more.
 void Agent::step_members() {
   for (Clock::time_point now = Clock::now(); !ending_ && !done_ && members_->due(now);) {
-    const Members::Steps steps = members_->decide(now);
+    const NodeMembers::Steps steps = members_->decide(now);
     for (auto& [id, worker] : workers_)
       if (const int rank =
               worker.running && id != kZygoteId ? members_->rank_of(worker.number) : -1;
           rank >= 0)
         worker.rank = worker.process.rank = rank;
-    for (const Members::Condemned& one : steps.kill) condemn(one);
+    for (const NodeMembers::Condemned& one : steps.kill) condemn(one);
     for (const int seat : steps.start) {
       const std::uint64_t number = members_->start(seat);
       const int id = start_worker(seat, members_->rank_of(number));
@@ -148,7 +148,7 @@ void Agent::step_members() {
   }
 }
 
-void Agent::condemn(const Members::Condemned& one) {
+void Agent::condemn(const NodeMembers::Condemned& one) {
   Worker& worker = workers_.at(ids_.at(one.worker));
   worker.process.condemn(one.cause);
   kill_group(worker, SIGKILL);
@@ -247,7 +247,7 @@ void Agent::take_tick() {
   if (options_.on_tick && !muted_) options_.on_tick();
   if (!members_ || !(elastic_ || options_.elastic) || ending_ || done_) return;
   if (members_->began()) strike();
-  for (const Members::Condemned& one : members_->look_for_hung(Clock::now())) condemn(one);
+  for (const NodeMembers::Condemned& one : members_->look_for_hung(Clock::now())) condemn(one);
 }
 
 // The kills that were asked for. The agent then finds out as it would of any other.

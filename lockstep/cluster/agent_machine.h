@@ -34,7 +34,7 @@ class Agent : public ControlHandler {
   struct Worker {
     WorkerProcess process;
     int rank = 0;              // expected, or as a member; -1: none
-    std::uint64_t number = 0;  // among Members
+    std::uint64_t number = 0;  // among the members
     bool running = false;
   };
   // A worker that a zygote is to fork.
@@ -84,7 +84,7 @@ class Agent : public ControlHandler {
   const Death& likeliest() const;
   void settle();
   void step_members();
-  void condemn(const Members::Condemned& one);
+  void condemn(const NodeMembers::Condemned& one);
   Deadline next_deadline() const;
   bool waits_for_replacements() const;
   void start_again();
@@ -102,14 +102,14 @@ class Agent : public ControlHandler {
   int last_id_ = kZygoteId;
   int running_ = 0;  // or to be forked; the zygote aside
   std::optional<Zygote> zygote_;
-  std::deque<Request> requests_;      // oldest first
-  int zygotes_lost_ = 0;              // since the last that started a worker
-  std::vector<Death> deaths_;         // since the last recovery
-  std::size_t settled_ = 0;           // of them
-  std::optional<Members> members_;    // where there is a segment
-  std::map<std::uint64_t, int> ids_;  // of members' numbers
-  bool elastic_ = false;              // a worker has said that it is
-  int restarts_ = 0;                  // of all workers, where they are not elastic
+  std::deque<Request> requests_;        // oldest first
+  int zygotes_lost_ = 0;                // since the last that started a worker
+  std::vector<Death> deaths_;           // since the last recovery
+  std::size_t settled_ = 0;             // of them
+  std::optional<NodeMembers> members_;  // where there is a segment
+  std::map<std::uint64_t, int> ids_;    // of members' numbers
+  bool elastic_ = false;                // a worker has said that it is
+  int restarts_ = 0;                    // of all workers, where they are not elastic
   bool restarting_ = false;
   bool unreplaced_ = false;  // somebody has died whom the coordinator is not asked about
   std::vector<KillTimer> kills_;

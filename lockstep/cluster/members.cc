@@ -18,8 +18,8 @@ double clock_of(Clock::time_point when) { return seconds(when.time_since_epoch()
 
 }  // namespace
 
-Members::Members(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit,
-                 Clock::time_point now)
+NodeMembers::NodeMembers(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit,
+                         Clock::time_point now)
     : options_(options),
       segment_(std::move(segment)),
       emit_(std::move(emit)),
@@ -30,7 +30,7 @@ Members::Members(const MembersOptions& options, std::shared_ptr<Segment> segment
 }
 
 // The first ones take the ranks in order, the others those that have become vacant.
-std::uint64_t Members::start(int seat) {
+std::uint64_t NodeMembers::start(int seat) {
   const std::uint64_t worker = roster_.started(seat, 0);
   int rank = -1;
   if (!began() && worker < static_cast<std::uint64_t>(options_.policy.most)) {
@@ -44,7 +44,7 @@ std::uint64_t Members::start(int seat) {
   return worker;
 }
 
-void Members::runs(std::uint64_t worker, int pid, Clock::time_point now) {
+void NodeMembers::runs(std::uint64_t worker, int pid, Clock::time_point now) {
   workers_.at(worker).pid = pid;
   workers_.at(worker).started = now;
   roster_.runs(worker, pid);
@@ -52,7 +52,7 @@ void Members::runs(std::uint64_t worker, int pid, Clock::time_point now) {
   changed_ = true;
 }
 
-void Members::says(std::uint64_t worker, const nlohmann::json& event, Clock::time_point now) {
+void NodeMembers::says(std::uint64_t worker, const nlohmann::json& event, Clock::time_point now) {
   if (!workers_.contains(worker)) return;  // what a child of it goes on writing
   const std::string& name = event.at("event").get_ref<const std::string&>();
   if (name == "join") {
@@ -80,7 +80,7 @@ void Members::says(std::uint64_t worker, const nlohmann::json& event, Clock::tim
   changed_ = true;
 }
 
-void Members::ended(std::uint64_t worker, const Ending& ending, Clock::time_point now) {
+void NodeMembers::ended(std::uint64_t worker, const Ending& ending, Clock::time_point now) {
   const bool finished = ending.signal == 0 && ending.code == 0;
   if (!finished && is_member(worker)) {
     losses_.push_back(loss_of(worker, ending.cause, now));
@@ -93,7 +93,7 @@ void Members::ended(std::uint64_t worker, const Ending& ending, Clock::time_poin
   changed_ = true;
 }
 
-Members::Steps Members::decide(Clock::time_point now) {
+NodeMembers::Steps NodeMembers::decide(Clock::time_point now) {
   changed_ = false;
   again_ = Deadline::never();
   coordinator_.take(roster_.report(now), now);
@@ -114,8 +114,8 @@ Members::Steps Members::decide(Clock::time_point now) {
   return steps;
 }
 
-Members::Loss Members::loss_of(std::uint64_t worker, std::string cause,
-                               Clock::time_point now) const {
+NodeMembers::Loss NodeMembers::loss_of(std::uint64_t worker, std::string cause,
+                                       Clock::time_point now) const {
   const JobGeneration& generation = *coordinator_.generation();
   return {.rank = rank_of(worker),
           .cause = std::move(cause),
@@ -125,7 +125,7 @@ Members::Loss Members::loss_of(std::uint64_t worker, std::string cause,
           .recovery = nullptr};
 }
 
-void Members::publish(const JobGeneration& generation, Clock::time_point now) {
+void NodeMembers::publish(const JobGeneration& generation, Clock::time_point now) {
   Generation board{.number = generation.number, .seats = {}, .reason = generation.reason};
   nlohmann::json ranks = nlohmann::json::array();
   for (const Member& member : generation.members) {
@@ -149,7 +149,7 @@ void Members::publish(const JobGeneration& generation, Clock::time_point now) {
   for (const Member& member : generation.members) tell(member.incarnation, "member", "", now);
 }
 
-void Members::recovered(const nlohmann::json& event) {
+void NodeMembers::recovered(const nlohmann::json& event) {
   const std::uint64_t generation = event.at("generation");
   const double clock = event.at("clock");
   roster_.committed(event.at("step"), generation);
@@ -172,7 +172,7 @@ void Members::recovered(const nlohmann::json& event) {
   tell_recoveries(Clock::time_point::min());
 }
 
-void Members::tell_recoveries(Clock::time_point now) {
+void NodeMembers::tell_recoveries(Clock::time_point now) {
   const auto told = [&](Loss& loss) {
     if (loss.recovery.is_null()) return false;
     const bool late =
@@ -184,7 +184,7 @@ void Members::tell_recoveries(Clock::time_point now) {
   std::erase_if(losses_, told);
 }
 
-std::vector<Members::Condemned> Members::look_for_hung(Clock::time_point now) {
+std::vector<NodeMembers::Condemned> NodeMembers::look_for_hung(Clock::time_point now) {
   tell_recoveries(now);
   std::vector<Condemned> condemned;
   if (options_.start_timeout > Clock::duration::zero())
@@ -213,7 +213,7 @@ std::vector<Members::Condemned> Members::look_for_hung(Clock::time_point now) {
   return condemned;
 }
 
-JobStatus Members::status() const {
+JobStatus NodeMembers::status() const {
   JobStatus status{.wanted = coordinator_.aimed(),
                    .least = options_.policy.least,
                    .most = options_.policy.most,
@@ -227,20 +227,20 @@ JobStatus Members::status() const {
   return status;
 }
 
-int Members::rank_of(std::uint64_t worker) const {
+int NodeMembers::rank_of(std::uint64_t worker) const {
   const auto found = workers_.find(worker);
   return found == workers_.end() ? -1 : found->second.rank;
 }
 
-bool Members::may_work(std::uint64_t worker) const {
+bool NodeMembers::may_work(std::uint64_t worker) const {
   const GenerationPtr generation = coordinator_.generation();
   return is_member(worker) ||
          (generation && std::ranges::any_of(generation->leaving,
                                             [&](auto& one) { return one.incarnation == worker; }));
 }
 
-void Members::tell(std::uint64_t worker, const char* state, const std::string& cause,
-                   Clock::time_point now) {
+void NodeMembers::tell(std::uint64_t worker, const char* state, const std::string& cause,
+                       Clock::time_point now) {
   const Worker& one = workers_.at(worker);
   emit_({{"event", "worker"},
          {"seat", one.seat},

@@ -27,12 +27,12 @@ struct MembersOptions {
   Clock::duration start_timeout{};  // from the start to join; zero: as long as it takes
 };
 
-class Members {
+class NodeMembers {
  public:
   using Emit = std::function<void(const nlohmann::json& event)>;
   // Its own events, "generation", "worker" and "recovery" (event.h), go to `emit`.
-  Members(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit,
-          Clock::time_point now);
+  NodeMembers(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit,
+              Clock::time_point now);
 
   // --- What happens to a worker, named by its incarnation ---
   std::uint64_t start(int seat);  // is going to be started

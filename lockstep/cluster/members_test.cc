@@ -33,12 +33,12 @@ struct Job {
 
   Clock::time_point now{1000s};
   std::shared_ptr<Segment> segment = Segment::create({.seats = 4, .arena_bytes = 1 << 20});
-  Members members;
+  NodeMembers members;
   std::vector<std::uint64_t> workers;
 };
 
 // Who is told to leave hangs before it could: it is to be killed, and not those who wait for it.
-TEST(Members, WhoIsToLeaveAndHangsIsFound) {
+TEST(NodeMembers, WhoIsToLeaveAndHangsIsFound) {
   Job job({.least = 1, .most = 2});
   job.members.scale(1);
   job.members.decide(job.now);
@@ -49,7 +49,7 @@ TEST(Members, WhoIsToLeaveAndHangsIsFound) {
 }
 
 // Who is left waits as long as the dying and their replacements take.
-TEST(Members, WhoWaitsForAReplacementDoesNotHang) {
+TEST(NodeMembers, WhoWaitsForAReplacementDoesNotHang) {
   Job job({.least = 2, .most = 2});
   job.segment->control(0).calls[0].words[0] = 5;
   job.segment->control(1).calls[0].words[0] = 4;
