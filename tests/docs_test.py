@@ -43,6 +43,8 @@ def pattern(shown):
             text += r"\s+"
         elif re.fullmatch(rf"{NUMBER}|[0-9a-f]{{8,}}…?", piece):
             text += r"[-+\w.,…]+"
+        elif re.fullmatch(r"[kMG]?B", piece):  # a size that is another number has another unit
+            text += r"[kMG]?B"
         else:
             text += re.escape(piece)
     return re.compile(r"\s*" + text + r"\s*")
