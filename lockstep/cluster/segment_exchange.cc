@@ -15,6 +15,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
+#include "lockstep/cluster/descriptors.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
@@ -84,57 +85,28 @@ bool same_user(int fd) {
   return ::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 && peer.uid == ::getuid();
 }
 
-union ControlBuffer {
-  char bytes[CMSG_SPACE(sizeof(int))];
-  cmsghdr align;
-};
-
 void send_answer(int fd, const std::string& problem, int segment_fd) {
   Answer answer;
   std::memcpy(answer.problem, problem.data(), std::min(problem.size(), sizeof(answer.problem) - 1));
-  iovec piece{&answer, sizeof answer};
-  ControlBuffer control{};
-  msghdr message{};
-  message.msg_iov = &piece;
-  message.msg_iovlen = 1;
-  if (segment_fd >= 0) {
-    message.msg_control = control.bytes;
-    message.msg_controllen = sizeof control.bytes;
-    cmsghdr* header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    std::memcpy(CMSG_DATA(header), &segment_fd, sizeof(int));
-  }
-  ::sendmsg(fd, &message, MSG_NOSIGNAL);  // a peer that has gone is noticed by the group
+  const std::span one(&segment_fd, 1);
+  // A peer that has gone is noticed by the group.
+  send_with_descriptors(fd, {reinterpret_cast<const char*>(&answer), sizeof answer},
+                        segment_fd >= 0 ? one : one.first(0), 0);
 }
 
 UniqueFd receive_answer(int fd, const Deadline& deadline) {
   if (!wait_readable(fd, deadline))
     throw CommError("cannot join the job: local rank 0 waits for ranks that did not come in time");
   Answer answer;
-  iovec piece{&answer, sizeof answer};
-  ControlBuffer control{};
-  msghdr message{};
-  message.msg_iov = &piece;
-  message.msg_iovlen = 1;
-  message.msg_control = control.bytes;
-  message.msg_controllen = sizeof control.bytes;
-  const ssize_t count = ::recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
-  UniqueFd segment_fd;
-  for (cmsghdr* header = CMSG_FIRSTHDR(&message); count >= 0 && header != nullptr;
-       header = CMSG_NXTHDR(&message, header)) {
-    int received = -1;
-    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-    std::memcpy(&received, CMSG_DATA(header), sizeof received);
-    segment_fd = UniqueFd(received);
-  }
-  if (count != sizeof answer)
+  ReceivedMessage message =
+      receive_with_descriptors(fd, {reinterpret_cast<char*>(&answer), sizeof answer});
+  if (message.bytes != sizeof answer)
     throw CommError("cannot join the job: local rank 0 ended before the job began");
   answer.problem[sizeof answer.problem - 1] = '\0';
   if (answer.problem[0] != '\0') throw CommError(answer.problem);
-  if (!segment_fd) throw CommError("cannot join the job: local rank 0 sent no segment");
-  return segment_fd;
+  if (message.descriptors.empty())
+    throw CommError("cannot join the job: local rank 0 sent no segment");
+  return std::move(message.descriptors.back());
 }
 
 UniqueFd take_name(const Place& place, const Deadline& deadline) {

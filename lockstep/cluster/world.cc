@@ -79,6 +79,21 @@ bool World::next_generation(std::string_view failure) const {
   return state_->enter_next(!failure.empty());
 }
 
+bool World::in_generations(const std::function<bool()>& work,
+                           const std::function<void()>& leave) const {
+  for (;;) {
+    std::string failure;
+    try {
+      if (work()) return true;
+    } catch (const CommError& error) {
+      if (!is_elastic()) throw;
+      failure = error.what();
+    }
+    leave();
+    if (!next_generation(failure)) return false;
+  }
+}
+
 bool World::next_generation_is_due() const {
   return state_->is_elastic && generations_published(*state_->segment) > state_->seen;
 }

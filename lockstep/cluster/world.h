@@ -7,6 +7,7 @@
 // after next_generation().
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -48,6 +49,11 @@ class World {
   // and again where entering fails. `failure`: the CommError's words, "": none. False: this worker
   // is not a member any more. Throws CommError: no other generation came, the job has ended.
   bool next_generation(std::string_view failure = "") const;
+  // Calls work() in one generation after another until it returns true, for a planned one too: in
+  // the next when it returned false or, where the job is elastic, threw CommError. leave(): before
+  // this worker leaves a generation for another. False: it is not a member any more.
+  bool in_generations(
+      const std::function<bool()>& work, const std::function<void()>& leave = [] {}) const;
   bool next_generation_is_due() const;
   bool stop_requested() const;  // the step under way is to be the last
   // Members, at least and at most; size() for both where members don't change.

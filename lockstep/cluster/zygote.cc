@@ -14,11 +14,11 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <iterator>
 
 #include "lockstep/base/error.h"
+#include "lockstep/cluster/descriptors.h"
 
 namespace lockstep {
 namespace {
@@ -47,33 +47,13 @@ std::vector<std::pair<std::string, std::string>> variables_in(std::string_view b
 // Waits for the next request. None: the agent is gone.
 std::optional<Request> receive(int socket) {
   std::vector<char> bytes(kMostBytes);
-  alignas(cmsghdr) char control[CMSG_SPACE(kDescriptors * sizeof(int))];
-  iovec part{bytes.data(), bytes.size()};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  ssize_t count;
-  do count = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
-  while (count < 0 && errno == EINTR);
-  if (count <= 0) return std::nullopt;
-  Request request;
-  std::size_t found = 0;
-  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
-       header = CMSG_NXTHDR(&message, header)) {
-    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-    const std::size_t fds = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-    for (std::size_t i = 0; i < fds; ++i) {
-      int fd;
-      std::memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-      UniqueFd held(fd);
-      if (found < kDescriptors) request.descriptors[found++] = std::move(held);
-    }
-  }
-  if (found != kDescriptors || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0)
+  ReceivedMessage message = receive_with_descriptors(socket, bytes);
+  if (message.bytes <= 0) return std::nullopt;
+  if (message.cut || message.descriptors.size() != kDescriptors)
     throw Error("the zygote got a request that is none");
-  request.variables = variables_in({bytes.data(), std::size_t(count)});
+  Request request;
+  std::ranges::move(message.descriptors, request.descriptors.begin());
+  request.variables = variables_in({bytes.data(), std::size_t(message.bytes)});
   return request;
 }
 
@@ -122,19 +102,7 @@ int Zygote::request(const Environment& environment, const Streams& streams, int 
   LOCKSTEP_CHECK(bytes.size() <= kMostBytes);
   const std::array<int, kDescriptors> fds = {streams.output.get(), streams.error.get(),
                                              streams.events.get(), segment_fd};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
-  iovec part{bytes.data(), bytes.size()};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  cmsghdr* const header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof fds);
-  std::memcpy(CMSG_DATA(header), fds.data(), sizeof fds);
-  return ::sendmsg(socket_.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? errno : 0;
+  return send_with_descriptors(socket_.get(), bytes, fds, MSG_DONTWAIT) < 0 ? errno : 0;
 }
 
 std::optional<int> Zygote::answer() {

@@ -156,17 +156,9 @@ End run_steps(const World& world, State& state, const std::function<bool()>& ste
     if (world.is_elastic()) world.group().barrier({.tag = "the end"});
     return End::done;
   };
-  for (;;) {
-    std::string failure;
-    try {
-      if (const std::optional<End> end = in_this_generation()) return *end;
-    } catch (const CommError& error) {
-      if (!world.is_elastic()) throw;
-      failure = error.what();
-    }
-    state.leave();
-    if (!world.next_generation(failure)) return End::released;
-  }
+  std::optional<End> end;
+  const auto work = [&] { return (end = in_this_generation()).has_value(); };
+  return world.in_generations(work, [&] { state.leave(); }) ? *end : End::released;
 }
 
 }  // namespace lockstep::elastic

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -193,18 +192,6 @@ FitReport fit(const World& world, const Job& job, const RecipeData& data, Traine
       .fit(task, optimizer_options(job.optimizer), schedule_for(job, steps_per_epoch), train, test);
 }
 
-// After the training there are no newcomers: those who are left begin again.
-void in_some_generation(const World& world, const std::function<void()>& work) {
-  for (bool is_member = true; is_member;) {
-    try {
-      return work();
-    } catch (const CommError& error) {
-      if (!world.is_elastic()) throw;
-      is_member = world.next_generation(error.what());
-    }
-  }
-}
-
 void train_text(const World& world, const Job& job, const RecipeData& data,
                 const CheckpointPlace& checkpoints) {
   constexpr std::int64_t kEvaluatedBlocks = 32;  // at once: the outputs are large
@@ -258,7 +245,11 @@ void run_training(const World& world, const Job& job, const RecipeData& data,
   const bool unbalanced = job.dataset.keep_fraction < 1 || job.dataset.partition == "stratified" ||
                           job.dataset.partition == "weighted";
   if (unbalanced && task.correct && test != nullptr)
-    in_some_generation(world, [&] { report_recall(world, task, *test, data.sets.test); });
+    // There are no newcomers any more: those who are left begin again.
+    world.in_generations([&] {
+      report_recall(world, task, *test, data.sets.test);
+      return true;
+    });
   if (!data.known_weights.empty() && job.model.widths.empty())
     report_distance(world, data, solution_of(*model.module, data.normalization));
 }

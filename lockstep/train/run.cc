@@ -91,7 +91,7 @@ void Run::take_up() {
                             {.tag = "what is done again"});
   if (world_.rank() == 0)
     world_.events().emit({{"event", "entered"}, {"generation", world_.generation()}});
-  stopped_ = session_.stopped = flags[1] != 0;
+  session_.stopped = flags[1] != 0;
   recovered_ = {{"event", "recovered"},
                 {"generation", world_.generation()},
                 {"steps_redone", flags[0]},
@@ -110,7 +110,7 @@ std::optional<FitReport> Run::go() {
   const bool ends_epoch = progress_.step_of_epoch == ledger_.steps_per_epoch() ||
                           (progress_.step_of_epoch > 0 && options_.max_steps > 0 &&
                            progress_.step >= options_.max_steps);
-  if (reason.empty() && stopped_ && !ends_epoch) reason = kByCallback;
+  if (reason.empty() && session_.stopped && !ends_epoch) reason = kByCallback;
   if (!reason.empty()) {  // whoever was to save it may have died
     write_snapshot();
     if (weights_.origin().found) session_.checkpoints->save(weights_, progress_, /*always=*/true);
@@ -171,7 +171,6 @@ std::string Run::run_steps() {
     // At the end of an epoch it is saved with the epoch.
     if (!last && (stops || preempted_ || (every > 0 && progress_.step % every == 0)))
       session_.checkpoints->save(weights_, progress_, /*always=*/true);
-    stopped_ = stops;
     if (last || next_generation_) break;  // which knows that a callback stops
     if (stops || preempted_) {
       write_snapshot();
@@ -226,9 +225,9 @@ std::string Run::end_epoch() {
   if (options_.callbacks.on_epoch) {
     // Where an epoch's end is done again, the callback is not.
     const bool again = std::exchange(session_.epochs_called_back, summary.epoch) == summary.epoch;
-    stopped_ |= any_rank_stops(again || options_.callbacks.on_epoch(summary));
+    any_rank_stops(again || options_.callbacks.on_epoch(summary));
   }
-  if (stopped_ && reason.empty()) reason = kByCallback;
+  if (session_.stopped && reason.empty()) reason = kByCallback;
   if (preempted_ && reason.empty()) reason = kAskedToStop;
   preempted_ = reason == kAskedToStop;
   if (weights_.is_finite()) {  // else the next step says so, and ends

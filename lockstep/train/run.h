@@ -74,7 +74,6 @@ class Run {
   StepExecutor executor_;
   Snapshots snapshots_;
   Progress progress_;
-  bool stopped_ = false;          // by a callback
   bool next_generation_ = false;  // is due
   bool preempted_ = false;
   nlohmann::json recovered_;  // to be told once a step is committed, or none is left

@@ -107,21 +107,17 @@ FitReport Trainer::fit(const Task& task, const OptimizerOptions& optimizer,
     }
     return Run(world_, options, task, optimizer, schedule, train, test, found, session).go();
   };
-  for (;;) {
-    std::string failure;
-    try {
-      if (std::optional<FitReport> report = in_this_generation()) return *std::move(report);
-    } catch (const CommError& error) {
-      if (!world_.is_elastic()) throw;
-      failure = error.what();
-    }
-    if (!world_.next_generation(failure)) {
-      FitReport report;
-      report.is_member = false;
-      return report;
-    }
-    session.timer.enter_generation();
-  }
+  std::optional<FitReport> report;
+  bool is_first = true;
+  const bool is_member = world_.in_generations([&] {
+    if (!std::exchange(is_first, false)) session.timer.enter_generation();
+    report = in_this_generation();
+    return report.has_value();
+  });
+  if (is_member) return *std::move(report);
+  FitReport nothing;
+  nothing.is_member = false;
+  return nothing;
 }
 
 }  // namespace lockstep
