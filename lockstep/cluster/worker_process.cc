@@ -103,10 +103,15 @@ void WorkerProcess::note(const nlohmann::json& event) {
 }
 
 std::optional<Ending> WorkerProcess::take_exit(const OnLine& on_line, const OnEvent& on_event) {
+  siginfo_t info{};
+  if (process_.pid == 0 ||
+      ::waitid(P_PID, id_t(process_.pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0 ||
+      info.si_pid == 0)
+    return std::nullopt;
+  drain(on_line, on_event);  // where this throws, the end is still to be taken
   int status = 0;
-  if (process_.pid == 0 || ::waitpid(process_.pid, &status, WNOHANG) <= 0) return std::nullopt;
+  ::waitpid(process_.pid, &status, 0);
   process_.pidfd = UniqueFd();
-  drain(on_line, on_event);
   return ending_of(status);
 }
 
