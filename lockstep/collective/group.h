@@ -135,10 +135,31 @@ struct GroupOptions {
   // is overwritten. Not for a group of one.
   std::function<void()> on_records = {};
   std::vector<int> seats = {};  // of the members, by rank; none: everybody in the segment
+  // Asked in every wait for another node: why the generation is over, "" while it is not.
+  std::function<std::string()> is_over = {};
+  bool exact = true;     // across nodes: only plans of canonical association
+  std::string key = {};  // the job's secret, which ranks of other nodes must prove; "": none
 };
 std::unique_ptr<Group> make_solo_group(const GroupOptions& options = {});
 // Ranks of one node over a segment. Waits until all have joined, with a deadline.
 std::unique_ptr<Group> make_shm_group(std::shared_ptr<Segment> segment, int rank,
                                       const GroupOptions& options = {});
+class Transport;
+// Ranks of several nodes, one rank of the transport each. Waits until all have joined and proved
+// the key, with a deadline.
+std::unique_ptr<Group> make_remote_group(std::unique_ptr<Transport> transport,
+                                         const GroupOptions& options = {});
+// Ranks of several nodes, several on each: nodes[n] are node n's ranks, contiguous and in order.
+// `local` are this node's. `carriers` are the remote group of those local ranks of one number that
+// every node has, by node: each carries a part of the data; null on a rank that others have no
+// partner for.
+struct NodeGroups {
+  std::shared_ptr<Group> local;
+  std::shared_ptr<Group> carriers;
+  std::vector<int> local_sizes;  // by node
+  int node = 0;
+};
+std::unique_ptr<Group> make_hierarchical_group(const NodeGroups& groups,
+                                               const GroupOptions& options = {});
 
 }  // namespace lockstep

@@ -1,0 +1,98 @@
+// Point-to-point between the ranks of one group on different nodes: what the plans of collective/
+// run over. An Endpoint is a process's end of an engine (ucx, mpi, zmq, loopback): it lasts for the
+// process's life. A Transport is its connections within one generation: made anew for the next one,
+// in the same process.
+//
+// Who owns what: whoever made it; a Transport must end before its Endpoint. Bytes handed to send()
+// and receive() stay the caller's and must live, unchanged by him, until done(), or until abort()
+// has returned. Threads: one at a time for an Endpoint and all its Transports, unless shared() says
+// more.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lockstep/base/deadline.h"
+#include "lockstep/base/error.h"
+
+namespace lockstep {
+
+// What an engine says of a connection: "ucx: rank 1 (10.0.0.2:4711): connection reset".
+class TransportError : public CommError {
+ public:
+  TransportError(int peer, const std::string& message) : CommError(message), peer_(peer) {}
+  int peer() const { return peer_; }  // -1: not known which
+
+ private:
+  int peer_;
+};
+
+class Transport {
+ public:
+  // Of an operation under way. Given back by done() when that returns true.
+  using Ticket = std::uint32_t;
+
+  virtual ~Transport() = default;  // aborts
+  virtual std::string_view name() const = 0;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  // "rank 1 (10.0.0.2:4711)", for messages.
+  virtual std::string describe(int peer) const = 0;
+
+  // The n-th send to a rank on a channel meets that rank's n-th receive from this one there; their
+  // lengths must be equal, else one of the two throws. Never waits; needs no receive to be there.
+  virtual Ticket send(int to, std::uint16_t channel, std::span<const std::byte> bytes) = 0;
+  virtual Ticket receive(int from, std::uint16_t channel, std::span<std::byte> bytes) = 0;
+  // Moves what can be moved, then: is the operation over? Throws TransportError when it failed, and
+  // from then on whenever that peer is asked for.
+  virtual bool done(Ticket ticket) = 0;
+  // Sleeps until something may have moved; `at_most`: up to who asks.
+  virtual void wait(Clock::duration at_most) = 0;
+  // Everything under way ends; none of the bytes is touched any more. For good.
+  virtual void abort() noexcept = 0;
+};
+
+struct ConnectOptions {
+  std::uint64_t generation = 0;  // what is left of others must not be taken for this one's
+  Deadline deadline = Deadline::never();
+};
+
+class Endpoint {
+ public:
+  virtual ~Endpoint() = default;
+  virtual std::string_view name() const = 0;
+  // For the peers: at most kMostAddressBytes, of no meaning to others.
+  virtual std::string address() const = 0;
+  // Every rank's address by rank, this one's included. Collective over them, may return before the
+  // others have come. Throws TransportError, ConfigError for an address that is none.
+  virtual std::unique_ptr<Transport> connect(const std::vector<std::string>& addresses, int rank,
+                                             const ConnectOptions& options) = 0;
+};
+inline constexpr std::size_t kMostAddressBytes = 2048;
+
+enum class Engine : std::uint8_t { ucx, mpi, zmq };
+std::string_view name_of(Engine engine);
+Engine engine_from(std::string_view name);  // throws ConfigError with the nearest name
+
+struct EndpointOptions {
+  // Of the interface to use, "eth0" or an address of it; "": the one that leads to `towards`.
+  std::string interface = {};
+  std::string towards = {};  // the coordinator's host; "": this node alone, loopback
+  std::string key = {};      // the job's secret: zmq encrypts with it; "": none
+};
+// Why an engine can't be had in this build or on this machine; "": it can.
+std::string unavailable(Engine engine);
+// Throws ConfigError where unavailable() says why, or the interface is none.
+std::unique_ptr<Endpoint> make_endpoint(Engine engine, const EndpointOptions& options);
+
+// For tests: endpoints of one process, for ranks that are threads.
+class LoopbackHub;
+std::shared_ptr<LoopbackHub> make_loopback_hub();
+std::unique_ptr<Endpoint> make_loopback_endpoint(std::shared_ptr<LoopbackHub> hub);
+
+}  // namespace lockstep
