@@ -4,10 +4,72 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <numeric>
 
+#include "lockstep/base/bytes.h"
 #include "lockstep/base/error.h"
 
 namespace lockstep {
+namespace {
+
+// The nodes of a generation in shared memory: this node, how many there are, how many members each
+// has, the bytes of each address; then the addresses.
+using NodeWord = std::uint32_t;
+
+std::vector<std::byte> pack_nodes(const Generation& generation) {
+  std::vector<NodeWord> words{static_cast<NodeWord>(generation.node),
+                              static_cast<NodeWord>(generation.local_sizes.size())};
+  words.insert(words.end(), generation.local_sizes.begin(), generation.local_sizes.end());
+  for (const std::string& address : generation.addresses) {
+    LOCKSTEP_CHECK(address.size() <= kMaxAddressBytes);
+    words.push_back(static_cast<NodeWord>(address.size()));
+  }
+  const auto head = std::as_bytes(std::span(words));
+  std::vector<std::byte> bytes(head.begin(), head.end());
+  for (const std::string& address : generation.addresses) {
+    const auto more = as_byte_span(address);
+    bytes.insert(bytes.end(), more.begin(), more.end());
+  }
+  return bytes;
+}
+
+void unpack_nodes(std::span<const std::byte> bytes, Generation& generation) {
+  const auto damaged = [&] {
+    return Error(fmt::format("generation {} is damaged: the list of its nodes", generation.number));
+  };
+  const auto word = [&] {
+    NodeWord value = 0;
+    if (bytes.size() < sizeof value) throw damaged();
+    std::memcpy(&value, bytes.data(), sizeof value);
+    bytes = bytes.subspan(sizeof value);
+    return value;
+  };
+  generation.node = static_cast<int>(word());
+  const NodeWord nodes = word();
+  if (nodes < 2 || nodes > bytes.size() / sizeof(NodeWord) ||
+      static_cast<NodeWord>(generation.node) >= nodes)
+    throw damaged();
+  std::uint64_t ranks = 0;
+  for (NodeWord node = 0; node < nodes; ++node) {
+    const NodeWord size = word();
+    if (size == 0 || size > static_cast<NodeWord>(kMaxSeats)) throw damaged();
+    generation.local_sizes.push_back(static_cast<int>(size));
+    ranks += size;
+  }
+  if (generation.local_sizes[static_cast<std::size_t>(generation.node)] !=
+          static_cast<int>(generation.seats.size()) ||
+      ranks > bytes.size() / sizeof(NodeWord))
+    throw damaged();
+  std::vector<std::size_t> sizes(ranks);
+  for (std::size_t& size : sizes) size = word();
+  for (const std::size_t size : sizes) {
+    if (size > kMaxAddressBytes || size > bytes.size()) throw damaged();
+    generation.addresses.emplace_back(reinterpret_cast<const char*>(bytes.data()), size);
+    bytes = bytes.subspan(size);
+  }
+}
+
+}  // namespace
 
 void publish(Segment& segment, const Generation& generation, bool at_once) {
   GenerationBoard& board = segment.board();
@@ -18,6 +80,18 @@ void publish(Segment& segment, const Generation& generation, bool at_once) {
     list.seats[rank].store(static_cast<std::uint16_t>(generation.seats[rank]));
   list.count.store(static_cast<std::uint32_t>(generation.seats.size()));
   list.reason.set(generation.reason);
+  list.nodes_bytes.store(0);
+  if (generation.local_sizes.size() > 1) {
+    const std::vector<std::byte> nodes = pack_nodes(generation);
+    if (list.nodes_room.load() < nodes.size()) {
+      const auto room =
+          segment.allocate_lasting(segment.node_arena(), 2 * nodes.size(), "the list of nodes");
+      list.nodes.store(static_cast<std::uint64_t>(segment.offset_of(room.data())));
+      list.nodes_room.store(room.size());
+    }
+    std::memcpy(segment.at(list.nodes.load(), nodes.size()).data(), nodes.data(), nodes.size());
+    list.nodes_bytes.store(nodes.size());
+  }
   // In this order: who sees the new generation sees that it ends the older ones.
   if (at_once) board.over.store(generation.number);
   board.newest.store(generation.number + 1);
@@ -35,6 +109,11 @@ std::optional<Generation> newest_generation(Segment& segment) {
     for (std::size_t rank = 0; rank < count && rank < list.seats.size(); ++rank)
       generation.seats.push_back(list.seats[rank].load());
     generation.reason = list.reason.get();
+    std::vector<std::byte> nodes;
+    if (const std::uint64_t bytes = list.nodes_bytes.load(); bytes != 0) {
+      const auto shared = segment.at(segment.node_arena(), list.nodes.load(), bytes);
+      nodes.assign(shared.begin(), shared.end());
+    }
     if (board.newest.load() != published) continue;  // its place is the next but one's, too
     if (count == 0 || count > list.seats.size())
       throw Error(fmt::format("generation {} is damaged: {} members", generation.number, count));
@@ -42,6 +121,7 @@ std::optional<Generation> newest_generation(Segment& segment) {
       if (seat >= segment.seats())
         throw Error(fmt::format("generation {} is damaged: a member at seat {} of {}",
                                 generation.number, seat, segment.seats()));
+    if (!nodes.empty()) unpack_nodes(nodes, generation);
     return generation;
   }
 }

@@ -33,6 +33,8 @@ struct GenerationBoard {
     std::atomic<std::uint32_t> count;
     std::array<std::atomic<std::uint16_t>, kMaxSeats> seats;
     SharedText<1000> reason;
+    std::atomic<std::uint64_t> nodes, nodes_bytes;  // in the node's arena; 0: one node
+    std::atomic<std::uint64_t> nodes_room;
   } generations[2];  // generation g is in g % 2
   struct {
     std::atomic<std::uint64_t> place, bytes;
@@ -42,11 +44,17 @@ struct GenerationBoard {
 
 struct Generation {
   std::uint64_t number = 0;
-  std::vector<int> seats;  // rank r sits at seats[r]
+  std::vector<int> seats;  // local rank r sits at seats[r]
   std::string reason;      // why there is a new one
+  // Where it spans several nodes: how many members each has, in the order of their ranks; which of
+  // them this one is; and every member's Endpoint::address() by rank, of kMaxAddressBytes at most.
+  std::vector<int> local_sizes = {};
+  int node = 0;
+  std::vector<std::string> addresses = {};
 };
+inline constexpr std::size_t kMaxAddressBytes = 2048;
 // Numbers only grow. at_once: the older ones are over, and waits in them end; else their members
-// move on between two steps.
+// move on between two steps. Throws Error when the node's arena has no room for the addresses.
 void publish(Segment& segment, const Generation& generation, bool at_once);
 // Throws Error if what is there is damaged.
 std::optional<Generation> newest_generation(Segment& segment);

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <thread>
 
 #include "lockstep/base/error.h"
@@ -28,6 +29,44 @@ TEST(GenerationBoard, TellsTheNewest) {
   EXPECT_THAT(generation->seats, ElementsAre(1, 3, 2));
   EXPECT_EQ(generation->reason, "one joins");
   EXPECT_EQ(generations_over(*segment), 1u) << "its members move on by themselves";
+}
+
+TEST(GenerationBoard, TellsOfOtherNodes) {
+  const auto segment = small_segment();
+  const Generation one_node{.number = 0, .seats = {0}, .reason = ""};
+  Generation nodes{.number = 1, .seats = {0, 3}, .reason = "a node came"};
+  nodes.local_sizes = {1, 2};
+  nodes.node = 1;
+  nodes.addresses = {"", std::string(kMaxAddressBytes, 'a'), std::string("b\0c", 3)};
+  publish(*segment, one_node, true);
+  EXPECT_TRUE(newest_generation(*segment)->local_sizes.empty());
+  publish(*segment, nodes, true);
+  auto found = newest_generation(*segment);
+  EXPECT_EQ(found->local_sizes, nodes.local_sizes);
+  EXPECT_EQ(found->node, 1);
+  EXPECT_EQ(found->addresses, nodes.addresses);
+  nodes.number = 3;  // in the same place, more than there was
+  nodes.local_sizes = {1, 2, 2};
+  nodes.addresses.resize(5, std::string(1000, 'x'));
+  publish(*segment, nodes, true);
+  EXPECT_EQ(newest_generation(*segment)->addresses, nodes.addresses);
+  // Any damage is an error, whatever a word says.
+  auto& list = segment->board().generations[1];
+  const auto bytes = segment->at(list.nodes.load(), list.nodes_bytes.load());
+  const std::vector<std::byte> whole(bytes.begin(), bytes.end());
+  for (std::size_t word = 0; word < 10; ++word)
+    for (const std::uint32_t value : {0u, 1u, 7u, 0x10000u, 0xffffffffu}) {
+      std::memcpy(bytes.data() + 4 * word, &value, 4);
+      try {
+        (void)newest_generation(*segment);
+      } catch (const Error&) {
+      }
+      std::copy(whole.begin(), whole.end(), bytes.begin());
+    }
+  for (std::size_t size = 1; size < 44; ++size) {
+    list.nodes_bytes.store(size);
+    EXPECT_THROW(newest_generation(*segment), Error) << size;
+  }
 }
 
 TEST(GenerationBoard, DamageIsFound) {
