@@ -1,8 +1,10 @@
 """Workers die, hang, run out of memory, come and go at any moment; the job goes on, and ends with
 the very weights of an undisturbed one."""
 
+import json
 import os
 import signal
+import time
 
 from elastic import Job, running
 from harness import BUILD, contains, equal, lockstep, main
@@ -85,6 +87,35 @@ def test_fewer_and_more_workers(folder):
     job.survives("kill rank=0 step=4", "kill rank=2 step=9", workers="1:3")
     job.survives("kill rank=0 step=4", "kill rank=1 step=9", workers=2,
                  arguments=["--standby", 1])
+
+
+def test_workers_are_added_and_removed_while_it_runs(folder):
+    job = Job(folder, epochs=40)
+    delays = [word for step in range(4, 200, 4)
+              for word in ("--inject", f"delay rank=0 step={step} seconds=100ms")]
+    counts = [3, 1, 2, 1]
+    with running(job.command("--workers", "1:3", *delays), folder) as program:
+        program.wait_for("injected: delay")
+        for count in counts[1:]:
+            generation = members(job.output)[-1][0]
+            lockstep("scale", job.output, count)
+            program.wait_for("injected: delay", 1 + sum("injected: delay" in line
+                                                        for line in program.lines))
+            deadline = time.monotonic() + 60
+            while members(job.output)[-1] != (generation + 1, count):
+                assert time.monotonic() < deadline, members(job.output)
+                time.sleep(0.02)
+        program.end(0)
+    equal([count for _, count in members(job.output)], counts)
+    job.check(job.output)
+
+
+def members(output):
+    """(generation, how many) of each generation so far."""
+    with open(f"{output}/events.jsonl") as file:
+        events = [json.loads(line) for line in file.read().splitlines()]
+    return [(event["generation"], len(event["ranks"])) for event in events
+            if event["event"] == "generation"]
 
 
 def test_too_many_restarts_end_the_job_with_the_reason(folder):
