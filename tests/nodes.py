@@ -33,6 +33,13 @@ def call(*command, given=None):
     return done.stdout
 
 
+def burst_of(rate):
+    """Bytes that a link may be ahead of its rate: 2 ms, in which a busy machine comes to send what
+    is due, and no less than the 64 KB that the kernel handles in one piece."""
+    number, unit = re.fullmatch(r"(\d+)([kmg])bit", rate).groups()
+    return max(1 << 16, int(number) * {"k": 10**3, "m": 10**6, "g": 10**9}[unit] // 8 // 500)
+
+
 def unavailable():
     """Why no nodes can be made here; "": they can."""
     if os.geteuid() != 0:
@@ -44,7 +51,7 @@ def unavailable():
     try:
         call("ip", "netns", "add", probe)
         call("ip", "-n", probe, "link", "add", "bridge", "type", "bridge")
-        call("ip", "netns", "exec", probe, "unshare", "--uts", "hostname", "node")
+        call("ip", "netns", "exec", probe, "unshare", "--uts", "--ipc", "hostname", "node")
     except OSError as error:
         return f"no network namespaces can be made: {error}"
     finally:
@@ -122,7 +129,7 @@ class Nodes:
             if self.rate:
                 for where, device in ((namespace, "eth0"), (self.switch, port)):
                     call("tc", "-n", where, "qdisc", "add", "dev", device, "root", "tbf", "rate",
-                         self.rate, "burst", "64kb", "latency", "100ms")
+                         self.rate, "burst", str(burst_of(self.rate)), "latency", "100ms")
             os.makedirs(f"{HOSTS}/{namespace}")
             with open(f"{HOSTS}/{namespace}/hosts", "w") as file:
                 file.write("127.0.0.1 localhost\n")
@@ -131,8 +138,8 @@ class Nodes:
 
     def words(self, node):
         """Those that start a command on the node: what follows them takes their process."""
-        return ["ip", "netns", "exec", self.namespaces[node], "unshare", "--uts", "sh", "-c",
-                'hostname "$0" && exec "$@"', self.names[node]]
+        return ["ip", "netns", "exec", self.namespaces[node], "unshare", "--uts", "--ipc",
+                "sh", "-c", 'hostname "$0" && exec "$@"', self.names[node]]
 
     def run(self, node, command, **options):
         process = subprocess.Popen([*self.words(node), *map(str, command)],

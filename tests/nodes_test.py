@@ -66,7 +66,7 @@ def test_rate_is_kept(_):
         serve(nodes, 2_000_000)
         code, out, err = ask(nodes, 1)
         equal(code, 0, err)
-        assert float(out[1]) < 100e6 / 8 * 1.06, out  # the bucket is full at the beginning
+        assert float(out[1]) < 100e6 / 8 * 1.06, out  # it may be 64 KB ahead
 
 
 def test_a_cable_pulled_and_put_back(_):
