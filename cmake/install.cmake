@@ -3,7 +3,7 @@
 #   lockstep::lockstep  all of it: data_parallel and what comes with it
 include(CMakePackageConfigHelpers)
 
-set(core_layers base observe job data memory collective update checkpoint cluster)
+set(core_layers base observe job data memory transport collective update checkpoint cluster)
 add_library(lockstep_core INTERFACE)
 set_target_properties(lockstep_core PROPERTIES EXPORT_NAME core)
 list(TRANSFORM core_layers PREPEND lockstep_ OUTPUT_VARIABLE core_targets)

@@ -5,8 +5,7 @@
 //
 // Who owns what: whoever made it; a Transport must end before its Endpoint. Bytes handed to send()
 // and receive() stay the caller's and must live, unchanged by him, until done(), or until abort()
-// has returned. Threads: one at a time for an Endpoint and all its Transports, unless shared() says
-// more.
+// has returned. Threads: one at a time for an Endpoint and all its Transports.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +36,8 @@ class Transport {
   // Of an operation under way. Given back by done() when that returns true.
   using Ticket = std::uint32_t;
 
-  virtual ~Transport() = default;  // aborts
+  // Like abort(), but what done() has said was sent still arrives, if it can at once.
+  virtual ~Transport() = default;
   virtual std::string_view name() const = 0;
   virtual int rank() const = 0;
   virtual int size() const = 0;
@@ -48,12 +48,13 @@ class Transport {
   // lengths must be equal, else one of the two throws. Never waits; needs no receive to be there.
   virtual Ticket send(int to, std::uint16_t channel, std::span<const std::byte> bytes) = 0;
   virtual Ticket receive(int from, std::uint16_t channel, std::span<std::byte> bytes) = 0;
-  // Moves what can be moved, then: is the operation over? Throws TransportError when it failed, and
-  // from then on whenever that peer is asked for.
+  // Moves what can be moved, then: is the operation over? Once only: true ends the ticket. Throws
+  // TransportError when it failed, and from then on for that peer whenever it would be false.
   virtual bool done(Ticket ticket) = 0;
-  // Sleeps until something may have moved; `at_most`: up to who asks.
+  // Sleeps until something may have moved since done() last looked; `at_most`: up to who asks.
   virtual void wait(Clock::duration at_most) = 0;
-  // Everything under way ends; none of the bytes is touched any more. For good.
+  // Everything under way ends; none of the bytes is touched any more. For good: further calls
+  // throw, and the peers are told.
   virtual void abort() noexcept = 0;
 };
 
@@ -69,7 +70,8 @@ class Endpoint {
   // For the peers: at most kMostAddressBytes, of no meaning to others.
   virtual std::string address() const = 0;
   // Every rank's address by rank, this one's included. Collective over them, may return before the
-  // others have come. Throws TransportError, ConfigError for an address that is none.
+  // others have come. Once a generation. Throws TransportError, ConfigError for an address that is
+  // none.
   virtual std::unique_ptr<Transport> connect(const std::vector<std::string>& addresses, int rank,
                                              const ConnectOptions& options) = 0;
 };

@@ -1,0 +1,104 @@
+// For tests alone: what the conformance suite runs against, and with. A new engine is one more line
+// in backends().
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <barrier>
+#include <functional>
+#include <ostream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "lockstep/transport/transport.h"
+
+namespace lockstep {
+
+inline constexpr Clock::duration kTestTimeout = std::chrono::seconds(60);
+
+// One rank of a test, in a thread or process of its own.
+struct Member {
+  Endpoint& endpoint;
+  std::vector<std::string> addresses;
+  int rank = 0;
+
+  int size() const { return static_cast<int>(addresses.size()); }
+  std::unique_ptr<Transport> connect(std::uint64_t generation = 1) const {
+    return endpoint.connect(addresses, rank,
+                            {.generation = generation, .deadline = Deadline::after(kTestTimeout)});
+  }
+};
+using Body = std::function<void(const Member&)>;
+
+struct Backend {
+  std::string name;
+  // Calls body as every one of `size` ranks. What it throws fails the test.
+  std::function<void(int size, const Body& body)> run;
+};
+inline void PrintTo(const Backend& backend, std::ostream* out) { *out << backend.name; }
+
+inline void run_loopback(int size, const Body& body) {
+  const auto hub = make_loopback_hub();
+  std::vector<std::unique_ptr<Endpoint>> endpoints;
+  std::vector<std::string> addresses;
+  for (int rank = 0; rank < size; ++rank) {
+    endpoints.push_back(make_loopback_endpoint(hub));
+    addresses.push_back(endpoints.back()->address());
+  }
+  std::vector<std::jthread> threads;
+  for (int rank = 0; rank < size; ++rank)
+    threads.emplace_back([&, rank] {
+      try {
+        body({*endpoints[rank], addresses, rank});
+      } catch (const std::exception& error) {
+        ADD_FAILURE() << "rank " << rank << ": " << error.what();
+      }
+    });
+}
+
+inline std::vector<Backend> backends() { return {{"Loopback", run_loopback}}; }
+
+// Until the operation is over.
+inline void finish(Transport& transport, Transport::Ticket ticket) {
+  const Deadline deadline = Deadline::after(kTestTimeout);
+  while (!transport.done(ticket)) {
+    if (deadline.expired()) throw Error("test: an operation is not over in time");
+    transport.wait(deadline.remaining());
+  }
+}
+inline void finish(Transport& transport, const std::vector<Transport::Ticket>& tickets) {
+  for (const Transport::Ticket ticket : tickets) finish(transport, ticket);
+}
+// What `work` throws; fails where it throws nothing.
+inline std::string error_of(const std::function<void()>& work, int* peer = nullptr) {
+  try {
+    work();
+  } catch (const TransportError& error) {
+    if (peer) *peer = error.peer();
+    return error.what();
+  }
+  ADD_FAILURE() << "no error";
+  return "";
+}
+
+// Bytes that tell where they came from.
+inline std::vector<std::byte> pattern(std::size_t bytes, unsigned seed) {
+  std::vector<std::byte> data(bytes);
+  for (std::size_t i = 0; i < bytes; ++i)
+    data[i] = static_cast<std::byte>((i * 7 + (i >> 8) * 13 + seed * 31) & 0xff);
+  return data;
+}
+
+// All ranks have come here.
+inline void meet(Transport& transport, std::uint16_t channel = 65535) {
+  std::vector<Transport::Ticket> tickets;
+  for (int peer = 0; peer < transport.size(); ++peer) {
+    if (peer == transport.rank()) continue;
+    tickets.push_back(transport.receive(peer, channel, {}));
+    tickets.push_back(transport.send(peer, channel, {}));
+  }
+  finish(transport, tickets);
+}
+
+}  // namespace lockstep

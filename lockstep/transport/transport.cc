@@ -1,0 +1,34 @@
+#include "lockstep/transport/transport.h"
+
+#include <fmt/format.h>
+
+#include "lockstep/job/nearest.h"
+
+namespace lockstep {
+
+std::string_view name_of(Engine engine) {
+  switch (engine) {
+    case Engine::ucx:
+      return "ucx";
+    case Engine::mpi:
+      return "mpi";
+    case Engine::zmq:
+      return "zmq";
+  }
+  LOCKSTEP_CHECK(false, "no such engine");
+  return "";
+}
+
+Engine engine_from(std::string_view name) {
+  std::vector<std::string> names;
+  for (const Engine engine : {Engine::ucx, Engine::mpi, Engine::zmq}) {
+    if (name == name_of(engine)) return engine;
+    names.emplace_back(name_of(engine));
+  }
+  const std::string near = nearest(name, names);
+  throw ConfigError(
+      fmt::format("no engine '{}'", name),
+      near.empty() ? "one of ucx, mpi, zmq" : fmt::format("did you mean '{}'?", near));
+}
+
+}  // namespace lockstep
