@@ -31,6 +31,7 @@ int bench_command(const std::vector<std::string>& arguments, const Start& start)
 int scale_command(const std::vector<std::string>& arguments, const Start& start);
 int status_command(const std::vector<std::string>& arguments, const Start& start);
 int stop_command(const std::vector<std::string>& arguments, const Start& start);
+int doctor_command(const std::vector<std::string>& arguments, const Start& start);
 int key_command(const std::vector<std::string>& arguments, const Start& start);
 
 // A signal ended the command from outside. Exit code 128 + signal.

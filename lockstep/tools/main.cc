@@ -29,6 +29,8 @@ constexpr std::array kCommands = {
     Command{"stop", "have a running job finish its step, save and end", stop_command},
     Command{"key", "make a key for the control of jobs from other machines", key_command},
     Command{"report", "make one page of what a run's folder holds", report_command},
+    Command{"doctor", "say what this machine can do, and what stands in a job's way",
+            doctor_command},
     Command{"bench", "time collectives, or training, on this machine", bench_command},
 };
 
