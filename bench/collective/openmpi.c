@@ -1,6 +1,7 @@
-/* The Open MPI side of ../collective.py: the same calls, timed in the same way as
+/* The Open MPI side of ../collective.py and ../nodes.py: the same calls, timed in the same way as
  * `lockstep bench collective` does: batches of calls after a barrier, a batch as long as on the
- * slowest rank, the median over batches. float32, in place where MPI can.
+ * slowest rank, the median over batches. float32, in place where MPI can; all_reduce_apart is for
+ * its component han, which crashes in place (4.1).
  *
  *   mpirun -n 2 openmpi OPERATION:BYTES:BATCH:BATCHES …     one JSON line for each on rank 0 */
 #include <mpi.h>
@@ -13,6 +14,8 @@ static int rank, ranks;
 static void call(const char* operation, float* data, float* out, int count) {
   if (strcmp(operation, "all_reduce") == 0)
     MPI_Allreduce(MPI_IN_PLACE, data, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+  else if (strcmp(operation, "all_reduce_apart") == 0)
+    MPI_Allreduce(data, out, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
   else if (strcmp(operation, "broadcast") == 0)
     MPI_Bcast(data, count, MPI_FLOAT, 0, MPI_COMM_WORLD);
   else if (strcmp(operation, "all_gather") == 0)
@@ -53,11 +56,12 @@ static void measure(const char* operation, long bytes, long batch, long batches)
     us[b] = (MPI_Wtime() - start) * 1e6 / batch;
   }
   MPI_Allreduce(MPI_IN_PLACE, us, (int)batches, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-  if (strcmp(operation, "all_reduce") == 0) {
+  const int apart = strcmp(operation, "all_reduce_apart") == 0;
+  if (apart || strcmp(operation, "all_reduce") == 0) {
     for (int i = 0; i < count; ++i) data[i] = rank + 1;
     call(operation, data, out, count);
     for (int i = 0; i < count; ++i)
-      if (data[i] != ranks * (ranks + 1) / 2) MPI_Abort(MPI_COMM_WORLD, 1);
+      if ((apart ? out : data)[i] != ranks * (ranks + 1) / 2) MPI_Abort(MPI_COMM_WORLD, 1);
   }
   qsort(us, batches, sizeof(double), compare);
   if (rank == 0)
