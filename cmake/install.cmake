@@ -35,7 +35,8 @@ install(FILES "${PROJECT_BINARY_DIR}/lockstepConfig.cmake" cmake/find_libtorch.c
 install(DIRECTORY lockstep DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h"
         PATTERN tools EXCLUDE PATTERN recipes EXCLUDE)
 install(FILES LICENSE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
-install(DIRECTORY docs examples DESTINATION ${CMAKE_INSTALL_DOCDIR} PATTERN CMakeLists.txt EXCLUDE)
+install(DIRECTORY deploy docs examples DESTINATION ${CMAKE_INSTALL_DOCDIR}
+        PATTERN CMakeLists.txt EXCLUDE PATTERN key EXCLUDE)
 
 # lockstep finds lockstep-worker beside itself, and that the libtorch it was built with.
 if(TARGET lockstep-worker)

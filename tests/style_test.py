@@ -11,9 +11,9 @@ LAYERS = ["tools", "recipes", "train", "parallel", "bridge",  # torch above, non
           "observe", "base"]
 WITH_TORCH = LAYERS[:LAYERS.index("bridge") + 1]
 LONGEST_LINE, LONGEST_FILE = 100, 450
-FOLDERS = ["lockstep", "tests", "examples", "fuzz", "bench", "cmake", "docs", ".ci"]
+FOLDERS = ["lockstep", "tests", "examples", "fuzz", "bench", "cmake", "deploy", "docs", ".ci"]
 FILES = ["dev", "CMakeLists.txt", "CMakePresets.json", "README.md", "CONTRIBUTING.md"]
-TEXT = (".h", ".cc", ".py", ".cmake", ".txt", ".toml", ".md", ".in", ".json")
+TEXT = (".h", ".cc", ".py", ".cmake", ".txt", ".toml", ".md", ".in", ".json", ".yaml", ".sbatch")
 
 
 def files(*ends):
