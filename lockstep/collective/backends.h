@@ -9,6 +9,7 @@
 
 #include "lockstep/collective/naive.h"
 #include "lockstep/collective/ranks.h"
+#include "lockstep/transport/transport.h"
 
 namespace lockstep {
 
@@ -40,9 +41,36 @@ inline void run_shm_processes(int size, const Body& body) {
     EXPECT_EQ(processes.join(rank), 0) << "rank " << rank << " of " << size;
 }
 
+// One transport a rank, of ranks that are threads.
+class LoopbackNodes {
+ public:
+  explicit LoopbackNodes(int nodes) {
+    const auto hub = make_loopback_hub();
+    for (int node = 0; node < nodes; ++node) {
+      endpoints_.push_back(make_loopback_endpoint(hub));
+      addresses_.push_back(endpoints_.back()->address());
+    }
+  }
+  std::unique_ptr<Transport> connect(int node, std::uint64_t generation = 0) const {
+    return endpoints_[node]->connect(addresses_, node, {.generation = generation});
+  }
+
+ private:
+  std::vector<std::unique_ptr<Endpoint>> endpoints_;
+  std::vector<std::string> addresses_;
+};
+
+inline void run_remote_threads(int size, const Body& body) {
+  const LoopbackNodes nodes(size);
+  run_threads(size, [&](int rank) {
+    body(*make_remote_group(nodes.connect(rank), {.timeout = kTestTimeout}));
+  });
+}
+
 inline std::vector<Backend> backends() {
   std::vector<Backend> all = {{"Solo", {1}, run_solo},
-                              {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads}};
+                              {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads},
+                              {"RemoteThreads", {1, 2, 3, 4, 5, 8}, run_remote_threads}};
   if (!kThreadSanitizer) all.push_back({"ShmProcesses", {2, 3, 8}, run_shm_processes});
   return all;
 }

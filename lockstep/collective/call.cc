@@ -1,11 +1,13 @@
 #include "lockstep/collective/call.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 
 #include "lockstep/base/bytes.h"
 #include "lockstep/base/error.h"
+#include "lockstep/base/hash.h"
 
 namespace lockstep {
 namespace {
@@ -129,6 +131,23 @@ std::string describe(const Call& call) {
   return fmt::format("{}({})", name_of(call.operation), text);
 }
 
+std::string describe_difference(const std::vector<std::string>& calls_by_rank) {
+  std::vector<std::pair<std::string_view, std::vector<std::size_t>>> groups;  // call, who made it
+  for (std::size_t rank = 0; rank < calls_by_rank.size(); ++rank) {
+    const std::string& text = calls_by_rank[rank];
+    const auto found = std::ranges::find(groups, text, [](const auto& one) { return one.first; });
+    if (found != groups.end())
+      found->second.push_back(rank);
+    else
+      groups.push_back({text, {rank}});
+  }
+  std::string text;
+  for (const auto& [call, ranks] : groups)
+    text += fmt::format("{}{} {} called {}", text.empty() ? "" : ", ",
+                        ranks.size() == 1 ? "rank" : "ranks", fmt::join(ranks, " and "), call);
+  return "the ranks' calls differ: " + text;
+}
+
 std::uint64_t count_elements(std::span<const std::byte> data, Dtype dtype, Operation operation) {
   if (data.size() % size_of(dtype) != 0)
     throw wrong(operation, "{} bytes are no whole number of {} elements", data.size(),
@@ -170,6 +189,26 @@ void check_counts(std::span<const std::uint64_t> counts, std::span<const std::by
     sum += count;
   }
   if (sum != elements) throw wrong(operation, "counts name {} of {} elements given", sum, elements);
+}
+
+UnevenParts check_all_gather_uneven(std::span<const std::byte> input,
+                                    std::span<const std::byte> output,
+                                    std::span<const std::uint64_t> counts, Dtype dtype, int size,
+                                    int rank) {
+  constexpr auto kOperation = Operation::all_gather_uneven;
+  count_elements(output, dtype, kOperation);
+  check_counts(counts, output, dtype, size, kOperation);
+  UnevenParts parts{.begins = {0}};
+  for (const std::uint64_t count : counts) {
+    parts.begins.push_back(parts.begins.back() + count * size_of(dtype));
+    parts.digest = mix({parts.digest, count});
+  }
+  const auto own = output.subspan(parts.begins[rank], counts[rank] * size_of(dtype));
+  if (input.size() != own.size())
+    throw wrong(kOperation, "rank {} has {} bytes, its count says {}", rank, input.size(),
+                own.size());
+  if (input.data() != own.data()) check_apart(input, output, kOperation);
+  return parts;
 }
 
 void check_apart(std::span<const std::byte> input, std::span<const std::byte> output,

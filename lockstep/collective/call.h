@@ -10,6 +10,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "lockstep/base/dtype.h"
 #include "lockstep/collective/group.h"
@@ -89,6 +90,7 @@ inline constexpr std::size_t kFingerprintWords = 4;
 inline constexpr std::size_t kPlaceWord = 4;
 inline constexpr std::size_t kResultPlaceWord = 5;
 inline constexpr std::size_t kOwnWord = 6;
+inline constexpr std::size_t kSplitWord = 7;  // across nodes: the first channel of a new group
 inline constexpr std::size_t kPayloadWord = 4;
 inline constexpr std::size_t kPayloadBytes = (std::tuple_size_v<CallWords> - kPayloadWord) * 8;
 inline std::uint64_t ticket_of(std::uint64_t generation, std::uint64_t sequence) {
@@ -105,6 +107,9 @@ bool same_message(const CallWords& a, const CallWords& b);
 // "all_reduce(float32 × 10, sum, tag 'a')". Shows any value, also one that no rank could announce.
 std::string describe(const Call& call);
 
+// "the ranks' calls differ: ranks 0 and 2 called …, rank 1 called …".
+std::string describe_difference(const std::vector<std::string>& calls_by_rank);
+
 // Checks of arguments that every backend makes before it announces anything: ConfigError.
 std::uint64_t count_elements(std::span<const std::byte> data, Dtype dtype, Operation operation);
 void check_root(int root, int size, Operation operation);
@@ -116,6 +121,15 @@ void check_parts(std::span<const std::byte> part, std::span<const std::byte> who
 // The bytes of all elements that `counts` name, one a rank, which must be those of `data`.
 void check_counts(std::span<const std::uint64_t> counts, std::span<const std::byte> data,
                   Dtype dtype, int size, Operation operation);
+// Where each rank's part of all_gather_uneven's output begins, in bytes, and the end.
+struct UnevenParts {
+  std::vector<std::uint64_t> begins;
+  std::uint64_t digest = 0;  // of the counts
+};
+UnevenParts check_all_gather_uneven(std::span<const std::byte> input,
+                                    std::span<const std::byte> output,
+                                    std::span<const std::uint64_t> counts, Dtype dtype, int size,
+                                    int rank);
 void check_apart(std::span<const std::byte> input, std::span<const std::byte> output,
                  Operation operation);
 // Returns the bytes of one part.

@@ -128,6 +128,7 @@ class Group {
 };
 
 class Segment;
+struct FlightRecorder;
 struct GroupOptions {
   std::uint64_t generation = 0;
   Clock::duration timeout = kDefaultTimeout;
@@ -137,8 +138,12 @@ struct GroupOptions {
   std::vector<int> seats = {};  // of the members, by rank; none: everybody in the segment
   // Asked in every wait for another node: why the generation is over, "" while it is not.
   std::function<std::string()> is_over = {};
+  int local_ranks = 1;   // across nodes: how many ranks of this node want a core
   bool exact = true;     // across nodes: only plans of canonical association
   std::string key = {};  // the job's secret, which ranks of other nodes must prove; "": none
+  // Across nodes: where this rank's operations are recorded, and must be as long as the group
+  // lives; none: nowhere.
+  FlightRecorder* recorder = nullptr;
 };
 std::unique_ptr<Group> make_solo_group(const GroupOptions& options = {});
 // Ranks of one node over a segment. Waits until all have joined, with a deadline.
@@ -158,6 +163,9 @@ struct NodeGroups {
   std::shared_ptr<Group> carriers;
   std::vector<int> local_sizes;  // by node
   int node = 0;
+  // A remote group of all ranks, in their order: for messages between ranks of different nodes,
+  // all_to_all, gather, scatter and sub-groups that span nodes. Null: these throw ConfigError.
+  std::shared_ptr<Group> everyone = nullptr;
 };
 std::unique_ptr<Group> make_hierarchical_group(const NodeGroups& groups,
                                                const GroupOptions& options = {});

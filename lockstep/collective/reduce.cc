@@ -4,16 +4,39 @@
 #include <cstring>
 
 #include "lockstep/base/error.h"
+#include "lockstep/base/hash.h"
 #include "lockstep/collective/kernels.h"
 
 namespace lockstep {
 namespace {
 
+constexpr std::size_t kCacheLineBytes = 64;
 constexpr std::size_t kTileElements = 1024;  // a few levels fit in the first-level cache
 
 bool is_16_bit_float(Dtype dtype) { return dtype == Dtype::float16 || dtype == Dtype::bfloat16; }
 
 }  // namespace
+
+Slice slice_of(ChunkRange chunks, int of, std::size_t count, Dtype dtype) {
+  const std::size_t line = kCacheLineBytes / size_of(dtype);
+  const std::size_t share = (count + of - 1) / of;
+  const std::size_t chunk = (share + line - 1) / line * line;
+  return {std::min(count, chunks.first * chunk), std::min(count, chunks.last * chunk)};
+}
+
+TreeLayout one_each(int size) {
+  TreeLayout layout{.runs = {}, .virtual_ranks = size};
+  for (int rank = 0; rank < size; ++rank) layout.runs.push_back({rank, rank + 1});
+  return layout;
+}
+
+Tree::Tree(TreeLayout of) : layout(std::move(of)) {
+  for (const VirtualRange run : layout.runs) {
+    digest = mix({digest, static_cast<std::uint64_t>(run.lo), static_cast<std::uint64_t>(run.hi)});
+    contributions.push_back(maximal_subtrees(run, layout.virtual_ranks).size());
+  }
+  plan = plan_combination(layout.runs, layout.virtual_ranks);
+}
 
 void Reducer::run(const ReduceJob& job, std::span<const std::byte* const> slots,
                   std::span<std::byte* const> results, std::size_t first, std::size_t last) {

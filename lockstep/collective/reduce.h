@@ -1,16 +1,38 @@
-// Runs a combination plan over memory: the executor for canonical_tree.h. No state beyond its
-// scratch; one thread at a time for each Reducer.
+// Runs a combination plan over memory: the executor for canonical_tree.h. And who reduces what: the
+// data cut into slices. No state beyond its scratch; one thread at a time for each Reducer.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
 #include "lockstep/base/dtype.h"
 #include "lockstep/collective/canonical_tree.h"
 #include "lockstep/collective/group.h"
+#include "lockstep/collective/plans.h"
 
 namespace lockstep {
+
+// Elements.
+struct Slice {
+  std::size_t first = 0, last = 0;
+  std::size_t size() const { return last - first; }
+};
+// Of `count` elements cut into `of` chunks, those of `chunks`: whole cache lines, so that no two
+// ranks write to the same one.
+Slice slice_of(ChunkRange chunks, int of, std::size_t count, Dtype dtype);
+
+// What follows from a TreeLayout; built once and kept while the layout stays the same.
+struct Tree {
+  TreeLayout layout;
+  std::uint64_t digest = 0;
+  std::vector<std::size_t> contributions;  // by rank
+  CombinePlan plan;
+
+  explicit Tree(TreeLayout of);
+};
+TreeLayout one_each(int size);  // one virtual rank a rank
 
 struct ReduceJob {
   const CombinePlan& plan;

@@ -1,6 +1,5 @@
 // Whom a wait can end with, and in which words.
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -128,21 +127,9 @@ void Rendezvous::fail(const std::string& what) {
 }
 
 void Rendezvous::fail_mismatch() {
-  std::vector<std::pair<std::string, std::vector<int>>> groups;  // call, who made it
-  for (int rank = 0; rank < size_; ++rank) {
-    std::string text = quote(rank, calls_[rank]);
-    const auto found = std::find_if(groups.begin(), groups.end(),
-                                    [&](const auto& group) { return group.first == text; });
-    if (found != groups.end())
-      found->second.push_back(rank);
-    else
-      groups.push_back({std::move(text), {rank}});
-  }
-  std::string text;
-  for (const auto& [call, ranks] : groups)
-    text += fmt::format("{}{} {} called {}", text.empty() ? "" : ", ",
-                        ranks.size() == 1 ? "rank" : "ranks", fmt::join(ranks, " and "), call);
-  fail("the ranks' calls differ: " + text);
+  std::vector<std::string> texts;
+  for (int rank = 0; rank < size_; ++rank) texts.push_back(quote(rank, calls_[rank]));
+  fail(describe_difference(texts));
 }
 
 std::string Rendezvous::process_text(const ControlBlock& block) {

@@ -3,7 +3,6 @@
 
 #include <numeric>
 
-#include "lockstep/base/hash.h"
 #include "lockstep/collective/shm_group.h"
 
 namespace lockstep {
@@ -91,20 +90,12 @@ void ShmGroup::all_gather(std::span<const std::byte> input, std::span<std::byte>
 void ShmGroup::all_gather_uneven(std::span<const std::byte> input, std::span<std::byte> output,
                                  std::span<const std::uint64_t> counts, Dtype dtype,
                                  const CallOptions& options) {
-  constexpr auto kOperation = Operation::all_gather_uneven;
-  const std::uint64_t count = count_elements(output, dtype, kOperation);
-  check_counts(counts, output, dtype, size_, kOperation);
-  Call call{.operation = kOperation, .dtype = dtype, .count = count};
-  std::vector<std::uint64_t> begins(size_ + 1);
-  for (int rank = 0; rank < size_; ++rank) {
-    begins[rank + 1] = begins[rank] + counts[rank] * size_of(dtype);
-    call.layout = mix({call.layout, counts[rank]});
-  }
-  const auto own = output.subspan(begins[rank_], counts[rank_] * size_of(dtype));
-  if (input.size() != own.size())
-    throw ConfigError(fmt::format("all_gather_uneven: rank {} has {} bytes, its count says {}",
-                                  rank_, input.size(), own.size()));
-  if (input.data() != own.data()) check_apart(input, output, kOperation);
+  const UnevenParts parts = check_all_gather_uneven(input, output, counts, dtype, size_, rank_);
+  const auto& begins = parts.begins;
+  const Call call{.operation = Operation::all_gather_uneven,
+                  .dtype = dtype,
+                  .count = output.size() / size_of(dtype),
+                  .layout = parts.digest};
   exchange(call, input, options, [&](int source, const auto&) {
     return Piece{0, begins[source + 1] - begins[source], output.data() + begins[source]};
   });

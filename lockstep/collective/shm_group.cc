@@ -7,12 +7,6 @@
 namespace lockstep {
 namespace {
 
-TreeLayout one_each(int size) {
-  TreeLayout layout{.runs = {}, .virtual_ranks = size};
-  for (int rank = 0; rank < size; ++rank) layout.runs.push_back({rank, rank + 1});
-  return layout;
-}
-
 // What a rank shows the other members of a sub-group.
 struct SubGroupBlock {
   ControlBlock block;

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "lockstep/base/error.h"
+#include "lockstep/collective/endable.h"
 #include "lockstep/collective/group.h"
 #include "lockstep/collective/plans.h"
 #include "lockstep/collective/reduce.h"
@@ -87,17 +88,7 @@ class ArenaMemory {
   std::vector<std::span<std::byte>> memory_;
 };
 
-// What follows from a TreeLayout; built once and kept while the layout stays the same.
-struct Tree {
-  TreeLayout layout;
-  std::uint64_t digest = 0;
-  std::vector<std::size_t> contributions;  // by rank
-  CombinePlan plan;
-
-  explicit Tree(TreeLayout of);
-};
-
-class ShmGroup final : public Group {
+class ShmGroup final : public Group, public Endable {
  public:
   // members.blocks and members.node_ranks name the ranks; `rank` is this one's place among them.
   // `ranges`: the group's that this one is split from. `join`: of the call that waits for the
@@ -116,6 +107,8 @@ class ShmGroup final : public Group {
   std::span<std::byte> allocate(std::size_t bytes, std::string_view what) override {
     return memory_.allocate(bytes, what);
   }
+
+  void end_group(const std::string& why) noexcept override { end_quietly(meeting_, why); }
 
   void barrier(const CallOptions& options) override;
   void broadcast(std::span<std::byte> data, Dtype dtype, int root,
@@ -223,13 +216,6 @@ class ShmGroup final : public Group {
   // all_reduce of what every rank has copied into its control block.
   void reduce_copies(const ReduceJob& job, std::span<std::byte> data, std::uint64_t sequence,
                      bool is_flat);
-  struct Slice {
-    std::size_t first = 0, last = 0;  // elements
-    std::size_t size() const { return last - first; }
-  };
-  // Of `count` elements cut into `of` chunks, those of `chunks`: whole cache lines, so that no two
-  // ranks write to the same one.
-  static Slice slice_of(ChunkRange chunks, int of, std::size_t count, Dtype dtype);
   Slice own_slice(std::size_t count, Dtype dtype) const {
     return slice_of({rank_, rank_ + 1}, size_, count, dtype);
   }

@@ -1,24 +1,8 @@
 // all_reduce and tree_all_reduce over shared memory: the owner of a slice reads every rank's slice
 // once, in canonical order, and writes the result where it is needed.
-#include "lockstep/base/hash.h"
 #include "lockstep/collective/shm_group.h"
 
 namespace lockstep {
-
-Tree::Tree(TreeLayout of) : layout(std::move(of)) {
-  for (const VirtualRange run : layout.runs) {
-    digest = mix({digest, static_cast<std::uint64_t>(run.lo), static_cast<std::uint64_t>(run.hi)});
-    contributions.push_back(maximal_subtrees(run, layout.virtual_ranks).size());
-  }
-  plan = plan_combination(layout.runs, layout.virtual_ranks);
-}
-
-ShmGroup::Slice ShmGroup::slice_of(ChunkRange chunks, int of, std::size_t count, Dtype dtype) {
-  const std::size_t line = kCacheLine / size_of(dtype);
-  const std::size_t share = (count + of - 1) / of;
-  const std::size_t chunk = (share + line - 1) / line * line;
-  return {std::min(count, chunks.first * chunk), std::min(count, chunks.last * chunk)};
-}
 
 void ShmGroup::execute(const Plan& plan, const ReduceJob& job, const Inputs& slots,
                        const Pointers& results, std::size_t count) {

@@ -1,15 +1,13 @@
 // The group of one: every collective is the identity, but arguments are checked as elsewhere.
 #include <fmt/format.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 #include "lockstep/base/error.h"
 #include "lockstep/collective/call.h"
 #include "lockstep/collective/group.h"
-#include "lockstep/memory/available_memory.h"
+#include "lockstep/collective/plain_memory.h"
 
 namespace lockstep {
 namespace {
@@ -105,24 +103,12 @@ class SoloGroup final : public Group {
   }
 
   std::span<std::byte> allocate(std::size_t bytes, std::string_view what) override {
-    require_memory(bytes, available_memory(), what);
-    const std::size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded));
-    if (memory == nullptr && rounded != 0)
-      throw Error(fmt::format("cannot allocate {} for {}", byte_text(bytes), what));
-    memory_.emplace_back(memory);
-    if (memory != nullptr) std::memset(memory, 0, rounded);
-    return {memory, bytes};
+    return memory_.allocate(bytes, what);
   }
 
   GroupStatistics statistics() const override { return statistics_; }
 
  private:
-  static constexpr std::size_t kAlignment = 64;
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-
   // own: whether the two may be the same memory (0) or must lie apart (-1).
   void copy_part(std::span<const std::byte> input, std::span<std::byte> output, Dtype dtype,
                  int own, Operation operation) {
@@ -142,7 +128,7 @@ class SoloGroup final : public Group {
 
   const std::uint64_t generation_;
   GroupStatistics statistics_;
-  std::vector<std::unique_ptr<std::byte, Free>> memory_;
+  PlainMemory memory_;
 };
 
 }  // namespace

@@ -116,7 +116,6 @@ class LoopbackTransport final : public Transport {
     check_open();
     const OperationPointer operation = tickets_.at(ticket);
     const std::lock_guard lock(hub_->mutex);
-    seen_ = hub_->moves;
     if (!operation->error.empty()) throw TransportError(operation->peer, operation->error);
     if (operation->matched) {
       tickets_.remove(ticket);
@@ -132,6 +131,7 @@ class LoopbackTransport final : public Transport {
     check_open();
     std::unique_lock lock(hub_->mutex);
     hub_->moved.wait_for(lock, at_most, [&] { return hub_->moves != seen_; });
+    seen_ = hub_->moves;
   }
 
   void abort() noexcept override {
@@ -187,7 +187,7 @@ class LoopbackTransport final : public Transport {
   const int rank_;
   const std::uint64_t generation_;
   Tickets<OperationPointer> tickets_;
-  std::uint64_t seen_ = 0;  // the hub's moves at the last look
+  std::uint64_t seen_ = 0;  // the hub's moves at the last wait
   bool aborted_ = false;
 };
 

@@ -51,7 +51,8 @@ class Transport {
   // Moves what can be moved, then: is the operation over? Once only: true ends the ticket. Throws
   // TransportError when it failed, and from then on for that peer whenever it would be false.
   virtual bool done(Ticket ticket) = 0;
-  // Sleeps until something may have moved since done() last looked; `at_most`: up to who asks.
+  // Sleeps until something has moved since it last returned; `at_most`: up to who asks. Who asks
+  // for several operations in turn misses none that ends while he asks for another.
   virtual void wait(Clock::duration at_most) = 0;
   // Everything under way ends; none of the bytes is touched any more. For good: further calls
   // throw, and the peers are told.

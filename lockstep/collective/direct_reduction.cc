@@ -1,0 +1,160 @@
+#include "lockstep/collective/direct_reduction.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace lockstep {
+namespace {
+
+constexpr std::size_t kWindow = 4;  // pieces
+constexpr std::size_t kLeastPiece = 64 << 10, kMostPiece = 512 << 10;
+constexpr std::size_t kScratch = 32 << 20;  // where there are many contributions, pieces are small
+
+}  // namespace
+
+DirectReduction::DirectReduction(RemoteMeeting& meeting, Reducer& reducer,
+                                 std::vector<std::byte>& scratch, DirectPlan plan, int rank)
+    : meeting_(meeting),
+      reducer_(reducer),
+      scratch_(scratch),
+      plan_(std::move(plan)),
+      rank_(rank),
+      element_(size_of(plan_.dtype)),
+      begins_(plan_.chunks.size() + 1),
+      combine_(plan_.tree.plan),
+      peers_(plan_.chunks.size()) {
+  const auto& contributions = plan_.tree.contributions;
+  std::partial_sum(contributions.begin(), contributions.end(), begins_.begin() + 1);
+  for (CombineStep& step : combine_.steps)
+    if (step.kind == CombineStep::Kind::push)
+      step = {.rank = static_cast<int>(begins_[step.rank]) + step.slot};
+  const std::size_t all = begins_.back();
+  std::size_t longest = 0;
+  for (const Slice chunk : plan_.chunks) longest = std::max(longest, bytes_of(chunk));
+  const std::size_t most = std::clamp(kScratch / kWindow / (all + 1), kLeastPiece, kMostPiece);
+  piece_ = std::clamp(longest / 8 / 64 * 64, kLeastPiece, most) / element_;
+  for (std::size_t other = 0; other < peers_.size(); ++other) {
+    Peer& peer = peers_[other];
+    peer.pieces = (plan_.chunks[other].size() + piece_ - 1) / piece_;
+    peer.out.each = contributions[rank_];
+    peer.in.each = contributions[other];
+  }
+  const std::size_t used = std::min<std::size_t>(peers_[rank_].pieces, kWindow);
+  scratch_.resize(std::max(scratch_.size(), used * (all + 1) * piece_ * element_));
+  slots_.resize(all);
+}
+
+Slice DirectReduction::piece(int owner, std::size_t number) const {
+  const Slice chunk = plan_.chunks[owner];
+  const std::size_t first = chunk.first + number * piece_;
+  return {first, std::min(first + piece_, chunk.last)};
+}
+
+std::span<std::byte> DirectReduction::place(std::size_t number, std::size_t contribution,
+                                            std::size_t bytes) {
+  const std::size_t index = number % kWindow * (slots_.size() + 1) + contribution;
+  return std::span(scratch_).subspan(index * piece_ * element_, bytes);
+}
+
+bool DirectReduction::drain(Flow& flow) {
+  const std::size_t before = flow.ends;
+  for (; !flow.open.empty() && meeting_.done(flow.open.front()); ++flow.ends) flow.open.pop_front();
+  if (flow.ends == before) return false;
+  flow.ended = flow.ends / flow.each;
+  return true;
+}
+
+bool DirectReduction::advance_with(int rank) {
+  Peer& peer = peers_[rank];
+  const std::size_t own_pieces = peers_[rank_].pieces;
+  bool moved = false;
+  if (peer.in.each != 0)
+    for (; peer.in.begun < std::min(own_pieces, reduced_ + kWindow); ++peer.in.begun, moved = true)
+      for (std::size_t slot = begins_[rank]; slot < begins_[rank + 1]; ++slot)
+        peer.in.open.push_back(
+            meeting_.receive(rank, RemoteMeeting::kData,
+                             place(peer.in.begun, slot, bytes_of(piece(rank_, peer.in.begun)))));
+  moved |= drain(peer.in);
+  // Who sends as much as it has had does not flood anybody.
+  const bool has_all = peer.in.each == 0 || peer.in.ended == own_pieces;
+  if (peer.out.each != 0)
+    for (; peer.out.begun < peer.pieces && (has_all || peer.out.begun < peer.in.ended + kWindow);
+         ++peer.out.begun, moved = true) {
+      const Slice part = piece(rank, peer.out.begun);
+      for (std::size_t slot = 0; slot < peer.out.each; ++slot)
+        peer.out.open.push_back(meeting_.send(
+            rank, RemoteMeeting::kData,
+            plan_.slots.subspan(slot * plan_.slot_bytes + part.first * element_, bytes_of(part))));
+    }
+  moved |= drain(peer.out);
+  // A sum may take the place of the contribution, once that has left.
+  if (plan_.sums != nullptr)
+    for (; peer.sums_in.begun < (peer.out.each == 0 ? peer.pieces : peer.out.ended);
+         ++peer.sums_in.begun, moved = true) {
+      const Slice part = piece(rank, peer.sums_in.begun);
+      peer.sums_in.open.push_back(meeting_.receive(
+          rank, RemoteMeeting::kSums, {plan_.sums + part.first * element_, bytes_of(part)}));
+    }
+  moved |= drain(peer.sums_in);
+  moved |= drain(peer.sums_out);
+  return moved;
+}
+
+bool DirectReduction::reduce_next() {
+  if (reduced_ == peers_[rank_].pieces) return false;
+  const auto size = static_cast<int>(peers_.size());
+  for (int rank = 0; rank < size; ++rank) {
+    const Peer& peer = peers_[rank];
+    if (rank == rank_) continue;
+    if (peer.in.each != 0 && peer.in.ended <= reduced_) return false;
+    if (plan_.own_sum == nullptr && peer.sums_out.open.size() >= kWindow) return false;
+  }
+  const Slice part = piece(rank_, reduced_);
+  for (int rank = 0; rank < size; ++rank)
+    for (std::size_t slot = begins_[rank]; slot < begins_[rank + 1]; ++slot)
+      slots_[slot] = rank == rank_
+                         ? plan_.slots.data() + (slot - begins_[rank]) * plan_.slot_bytes +
+                               part.first * element_
+                         : place(reduced_, slot, 0).data();
+  std::byte* const sum = plan_.own_sum == nullptr
+                             ? place(reduced_, slots_.size(), bytes_of(part)).data()
+                             : plan_.own_sum + reduced_ * piece_ * element_;
+  const ReduceJob job{.plan = combine_,
+                      .dtype = plan_.dtype,
+                      .reduction = plan_.reduction,
+                      .round_once = plan_.round_once,
+                      .slot_bytes = 0};
+  reducer_.run(job, slots_, std::span(&sum, 1), 0, part.size());
+  ++reduced_;
+  for (int i = 1; i < size; ++i) {
+    const int to = (rank_ + i) % size;
+    if (plan_.to == DirectPlan::kEverybody || plan_.to == to)
+      peers_[to].sums_out.open.push_back(
+          meeting_.send(to, RemoteMeeting::kSums, {sum, bytes_of(part)}));
+  }
+  return true;
+}
+
+bool DirectReduction::advance() {
+  bool moved = false;
+  const auto size = static_cast<int>(peers_.size());
+  for (int i = 1; i < size; ++i) moved |= advance_with((rank_ + i) % size);
+  return reduce_next() || moved;
+}
+
+bool DirectReduction::waits_for(int rank) const {
+  const Peer& peer = peers_[rank];
+  return rank != rank_ && ((peer.in.each != 0 && peer.in.ended < peers_[rank_].pieces) ||
+                           (peer.out.each != 0 && peer.out.ended < peer.pieces) ||
+                           (plan_.sums != nullptr && peer.sums_in.ended < peer.pieces) ||
+                           !peer.sums_out.open.empty());
+}
+
+bool DirectReduction::is_done() const {
+  if (reduced_ < peers_[rank_].pieces) return false;
+  for (int rank = 0; rank < static_cast<int>(peers_.size()); ++rank)
+    if (waits_for(rank)) return false;
+  return true;
+}
+
+}  // namespace lockstep

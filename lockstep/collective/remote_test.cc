@@ -1,0 +1,202 @@
+// What only ranks of different nodes have: joining with a key, connections that break, several
+// groups over one transport. What every group does, conformance_test.cc holds them to.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <barrier>
+#include <memory>
+
+#include "lockstep/collective/backends.h"
+#include "lockstep/collective/operation_record.h"
+
+namespace lockstep {
+namespace {
+
+using namespace std::chrono_literals;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+// What each of `size` ranks ends with; "no error" where body returns.
+std::vector<std::string> errors_of(int size,
+                                   const std::function<void(const LoopbackNodes&, int)>& body) {
+  const LoopbackNodes nodes(size);
+  std::vector<std::string> errors(size);
+  run_threads(size, [&](int rank) { errors[rank] = error_of([&] { body(nodes, rank); }); });
+  return errors;
+}
+
+std::unique_ptr<Group> join(const LoopbackNodes& nodes, int rank, GroupOptions options = {}) {
+  if (options.timeout == kDefaultTimeout) options.timeout = kTestTimeout;
+  return make_remote_group(nodes.connect(rank, options.generation), options);
+}
+
+TEST(RemoteJoinTest, WhoDoesNotKnowTheKeyIsRefusedByBoth) {
+  const std::string keys[] = {"secret", "guess"};
+  for (const std::string& error :
+       errors_of(2, [&](const auto&nodes, int rank) { join(nodes, rank, {.key = keys[rank]}); }))
+    EXPECT_THAT(error, AllOf(HasSubstr("cannot join generation 0: rank"),
+                             HasSubstr("has another key for this job")));
+  for (const std::string& error : errors_of(2, [&](const auto&nodes, int rank) {
+         join(nodes, rank, {.key = rank == 0 ? "secret" : ""});
+       }))
+    EXPECT_THAT(error, HasSubstr("key for this job, this rank has"));
+  for (const std::string& error : errors_of(
+           3, [&](const auto&nodes, int rank) { join(nodes, rank, {.key = "secret"})->barrier(); }))
+    EXPECT_EQ(error, "no error");
+}
+
+TEST(RemoteJoinTest, OtherOptionsAreRefused) {
+  for (const std::string& error :
+       errors_of(2, [&](const auto&nodes, int rank) { join(nodes, rank, {.exact = rank == 0}); }))
+    EXPECT_THAT(error, HasSubstr("has exact ="));
+}
+
+TEST(RemoteJoinTest, WhoDoesNotComeIsNamed) {
+  EXPECT_THAT(error_of([] {
+                const LoopbackNodes nodes(3);
+                join(nodes, 0, {.timeout = 20ms});
+              }),
+              HasSubstr("waiting for rank 1 (loopback:1), rank 2 (loopback:2), which has not"));
+}
+
+// Two ranks that call differently after a barrier; both errors.
+std::vector<std::string> errors_of_two(const Body& rank_0, const Body& rank_1) {
+  return errors_of(2, [&](const LoopbackNodes& nodes, int rank) {
+    auto group = join(nodes, rank);
+    group->barrier({.tag = "start"});
+    (rank == 0 ? rank_0 : rank_1)(*group);
+  });
+}
+
+Body sum_of(std::size_t bytes) {
+  return [bytes](Group& group) {
+    std::vector<std::byte> data(bytes);
+    group.all_reduce(data, Dtype::float32, Reduction::sum, {.tag = "gradients"});
+  };
+}
+
+TEST(RemoteErrorTest, BothRanksQuoteBothCalls) {
+  const Body broadcast = [](Group& group) {
+    std::vector<std::byte> data(40);
+    group.broadcast(data, Dtype::float32, 0, {.tag = "weights"});
+  };
+  // Of lengths that travel on different lanes, and in a frame against behind it.
+  for (const std::size_t bytes : {40, 400, 4000, 400'000})
+    for (const std::string& error : errors_of_two(sum_of(bytes), broadcast))
+      EXPECT_THAT(error, AllOf(HasSubstr("the ranks' calls differ: rank 0 called all_reduce"),
+                               HasSubstr("tag 'gradients'), rank 1 called broadcast(float32"),
+                               HasSubstr("tag 'weights')")));
+  for (const std::string& error : errors_of_two(sum_of(40), sum_of(400'000)))
+    EXPECT_THAT(error, AllOf(HasSubstr("× 10, sum"), HasSubstr("× 100000, sum")));
+}
+
+TEST(RemoteErrorTest, CountsThatDiffer) {
+  const auto exchange = [](std::uint64_t in, std::uint64_t out) {
+    return [=](Group& group) {
+      std::vector<std::byte> input(2 * in), output(2 * out);
+      group.all_to_all_uneven(input, std::vector(2, in), output, std::vector(2, out), Dtype::int8);
+    };
+  };
+  for (const std::string& error : errors_of_two(exchange(7, 7), exchange(8, 7)))
+    EXPECT_THAT(error, HasSubstr("rank 1 sends 8 bytes to rank 0, which expects 7"));
+}
+
+TEST(RemoteErrorTest, MessagesThatDoNotMeet) {
+  std::vector<std::byte> data(16);
+  const auto send = [&](Group& group) { group.send(data, Dtype::float32, 1 - group.rank()); };
+  for (const std::string& error : errors_of_two(send, send))
+    EXPECT_THAT(error, HasSubstr("the calls of two ranks differ: rank 0 called send(float32 × 4, "
+                                 "to rank 1), rank 1 called send(float32 × 4, to rank 0)"));
+  for (const std::string& error :
+       errors_of_two(send, [](Group& group) { group.barrier({.tag = "end"}); }))
+    EXPECT_THAT(error, AllOf(HasSubstr("called send(float32 × 4, to rank 1)"),
+                             HasSubstr("called barrier(tag 'end')")));
+}
+
+TEST(RemoteErrorTest, ALateRankIsNamedAndTheGroupIsOver) {
+  std::barrier<> gave_up(2);
+  const auto errors = errors_of_two(
+      [&](Group& group) {
+        const auto late = [&] { group.barrier({.tag = "end", .timeout = 20ms}); };
+        EXPECT_THAT(error_of(late),
+                    AllOf(HasSubstr("rank 0, operation 1 of generation 0, barrier(tag 'end'): gave "
+                                    "up after 0.0"),
+                          HasSubstr("waiting for rank 1, last seen in operation 0, barrier(tag "
+                                    "'start'), "),
+                          HasSubstr("s ago (rank 1 (loopback:1))")));
+        EXPECT_THAT(error_of(late), HasSubstr("this group ended with: rank 0, operation 1"));
+        gave_up.arrive_and_wait();
+        group.barrier();
+      },
+      [&](Group& group) {
+        gave_up.arrive_and_wait();
+        group.barrier();
+      });
+  EXPECT_THAT(errors[1], HasSubstr("rank 0 ended the group: rank 0, operation 1 of generation 0"));
+}
+
+TEST(RemoteErrorTest, WhoLeavesIsNamed) {
+  const auto errors = errors_of(3, [](const LoopbackNodes& nodes, int rank) {
+    auto group = join(nodes, rank);
+    group->barrier();
+    if (rank == 1) return;
+    group->barrier({.tag = "end"});
+  });
+  EXPECT_EQ(errors[1], "no error");
+  for (const int rank : {0, 2})
+    EXPECT_THAT(errors[rank], HasSubstr("rank 1 has left the group, last seen in operation 0"));
+}
+
+TEST(RemoteErrorTest, AWaitEndsWithTheGeneration) {
+  std::atomic<bool> over = false;
+  const auto errors = errors_of(2, [&](const LoopbackNodes& nodes, int rank) {
+    auto group = join(nodes, rank,
+                      {.is_over = [&] { return over ? std::string("worker 1 was killed") : ""; }});
+    if (rank == 1) {
+      over = true;
+      return;
+    }
+    group->barrier({.tag = "end"});
+  });
+  EXPECT_THAT(errors[0], AnyOf(HasSubstr("generation 0 is over: worker 1 was killed"),
+                               HasSubstr("rank 1 has left the group")));
+}
+
+TEST(RemoteSplitTest, AFailureStaysInItsGroup) {
+  run_remote_threads(4, [](Group& group) {
+    auto half = group.split(group.rank() % 2, 0);
+    auto again = group.split(group.rank() / 2, -group.rank());
+    if (group.rank() % 2 == 0) {
+      const std::string error = error_of([&] {
+        std::vector<std::byte> data(4);
+        if (half->rank() == 0) half->barrier();
+        half->broadcast(data, Dtype::int8, 0);
+      });
+      EXPECT_THAT(error, HasSubstr("the ranks' calls differ"));
+      EXPECT_THAT(error, HasSubstr("ranks 0,2"));
+    } else {
+      half->barrier();
+    }
+    again->barrier();
+    EXPECT_EQ(again->rank(), 1 - group.rank() % 2);
+    group.barrier();
+  });
+}
+
+TEST(RemoteTest, TheFlightRecorderHasEveryCall) {
+  const LoopbackNodes nodes(2);
+  auto segment = make_segment(2, 16 << 20);
+  run_threads(2, [&](int rank) {
+    auto group = join(nodes, rank, {.recorder = &segment->recorder(rank)});
+    sum_of(40)(*group);
+    const auto records = recorded_operations(*segment, rank);
+    ASSERT_EQ(records.size(), 1u);
+    EXPECT_EQ(describe(records[0]),
+              "across nodes: operation 0 of generation 0, all_reduce(float32 × 10, sum, tag "
+              "'gradients')");
+    EXPECT_EQ(records[0].state, OperationState::done);
+  });
+}
+
+}  // namespace
+}  // namespace lockstep
