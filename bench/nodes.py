@@ -25,7 +25,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 BUILD = os.environ.get("LOCKSTEP_BUILD", os.path.join(os.path.dirname(HERE), "build"))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "tests"))
 from harness import Skip
-from nodes import Nodes
+from nodes import Failed, Nodes
 
 OPENMPI = os.path.join(BUILD, "bench-openmpi")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -77,10 +77,6 @@ CASES = [
 ]
 
 
-class Failed(Exception):
-    """A program that did not end well."""
-
-
 class Runs:
     """Programs on the nodes of one setup. Each run_X(way, specs) returns {bytes: microseconds}."""
 
@@ -89,24 +85,10 @@ class Runs:
         self.world, self.timeout_s = setup.nodes * setup.ranks, TIMEOUT_S
         self.meetings = itertools.count()
 
-    def lines(self, *commands, environment=None):
-        """Runs command i on node i; what the first one printed."""
-        with open(f"{self.folder}/errors", "w+") as errors:
-            try:
-                running = [self.nodes.run(node, command, text=True, stderr=errors,
-                                          stdout=subprocess.DEVNULL if node else subprocess.PIPE,
-                                          env={**ENVIRONMENT, **(environment or {})})
-                           for node, command in enumerate(commands)]
-                out = running[0].communicate(timeout=self.timeout_s)[0]
-                for process in running:
-                    if process.wait(self.timeout_s) != 0:
-                        errors.seek(0)
-                        raise Failed(f"exit code {process.returncode}: {errors.read()[-1000:]}")
-            except subprocess.TimeoutExpired:
-                raise Failed(f"not done in {self.timeout_s} s") from None
-            finally:
-                for node in range(self.setup.nodes):
-                    self.nodes.kill(node)
+    def times(self, *commands, environment=None):
+        """Command i on node i."""
+        out = self.nodes.run_all(commands, self.timeout_s,
+                                 env={**ENVIRONMENT, **(environment or {})})
         found = [json.loads(line) for line in out.split("\n") if line.startswith("{")]
         return {line["bytes"]: line["time_us"] for line in found}
 
@@ -117,12 +99,12 @@ class Runs:
 
     def run_lockstep(self, memory, specs):
         meeting = self.meeting()
-        return self.lines(*([f"{BUILD}/bench_group", node, self.setup.nodes, self.setup.ranks,
+        return self.times(*([f"{BUILD}/bench_group", node, self.setup.nodes, self.setup.ranks,
                              self.engine, meeting, memory, *specs]
                             for node in range(self.setup.nodes)))
 
     def run_tcp(self, way, specs):
-        return self.lines(*([f"{BUILD}/bench_tcp", node, self.nodes.addresses[0], *way, *specs]
+        return self.times(*([f"{BUILD}/bench_tcp", node, self.nodes.addresses[0], *way, *specs]
                             for node in range(2)))
 
     def run_gloo(self, way, specs):
@@ -133,7 +115,7 @@ class Runs:
                               "--rank", str(node * self.setup.ranks + rank), "--meeting", meeting,
                               "--parts", parts, *specs]) for rank in range(self.setup.ranks)]
                  for node in range(self.setup.nodes)]
-        return self.lines(*(["sh", "-c", " & ".join(commands[::-1]) + " && wait"]
+        return self.times(*(["sh", "-c", " & ".join(commands[::-1]) + " && wait"]
                             for commands in ranks),
                           environment={"GLOO_SOCKET_IFNAME": devices})
 
@@ -151,7 +133,7 @@ class Runs:
                    "--mca", "oob_tcp_if_include", "eth0", *way, OPENMPI,
                    *(spec.replace(":", "_apart:", 1) if "coll_han_priority" in way else spec
                      for spec in specs)]
-        return self.lines(command, environment={"TMPDIR": self.folder})
+        return self.times(command, environment={"TMPDIR": self.folder})
 
 
 def openmpi_ways():

@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 
 from harness import Skip
 
@@ -87,6 +88,10 @@ def sweep():
                 remove(name)
 
 
+class Failed(Exception):
+    """Programs on nodes that did not end well."""
+
+
 class Nodes:
     def __init__(self, count, rate=None):
         self.count, self.rate = count, rate
@@ -146,6 +151,27 @@ class Nodes:
                                    **{"stdin": subprocess.DEVNULL, **options})
         self.processes.append(process)
         return process
+
+    def run_all(self, commands, timeout_s, **options):
+        """Command i on node i, to its end; what the first printed. Nothing is left running on any
+        node. Raises Failed, with the end of what they wrote to stderr."""
+        with tempfile.TemporaryFile("w+") as errors:
+            try:
+                running = [self.run(node, command, text=True, stderr=errors,
+                                    stdout=subprocess.DEVNULL if node else subprocess.PIPE,
+                                    **options) for node, command in enumerate(commands)]
+                out = running[0].communicate(timeout=timeout_s)[0]
+                codes = [process.wait(timeout_s) for process in running]
+                errors.seek(0)
+                if any(codes):
+                    raise Failed(f"exit codes {codes}: {errors.read()[-1000:].strip()}")
+                return out
+            except subprocess.TimeoutExpired:
+                errors.seek(0)
+                raise Failed(f"not done in {timeout_s} s: {errors.read()[-1000:]}") from None
+            finally:
+                for node in range(self.count):
+                    self.kill(node)
 
     def cut(self, node):
         call("ip", "-n", self.switch, "link", "set", f"port{node}", "down")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from harness import Skip, contains, equal, main
-from nodes import HOSTS, Nodes, unavailable
+from nodes import HOSTS, Failed, Nodes, unavailable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Sends itself to whoever comes; without an argument: takes it from node0 and prints what came when.
@@ -79,6 +79,21 @@ def test_a_cable_pulled_and_put_back(_):
         equal(ask(nodes, 2)[0], 0, "the other node")
         nodes.heal(1)
         equal(ask(nodes, 1)[0], 0, "after it was put back")
+
+
+def test_programs_on_all_nodes_to_their_end(_):
+    def failure(*commands, timeout_s=20):
+        try:
+            nodes.run_all(commands, timeout_s)
+        except Failed as error:
+            return str(error)
+        raise AssertionError(f"{commands} did not fail")
+
+    with Nodes(2) as nodes:
+        equal(nodes.run_all([["hostname"], ["hostname"]], 20), "node0\n", "the first one's words")
+        contains(failure(["true"], ["sh", "-c", "echo broken >&2; exit 3"]), "[0, 3]", "broken")
+        contains(failure(["true"], ["sh", "-c", "sleep 1000 & wait"], timeout_s=0.2), "not done")
+        equal(nodes.run_all([["ip", "-o", "link"]] * 2, 20).count("eth0"), 1, "afterwards")
 
 
 def test_a_node_killed_with_all_its_processes(_):
