@@ -4,7 +4,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "lockstep/collective/naive.h"
@@ -67,10 +70,54 @@ inline void run_remote_threads(int size, const Body& body) {
   });
 }
 
+// Ranks that are threads, as many on each node as local_sizes says: segments for the nodes, one
+// transport for carriers of each number and one for all.
+inline void run_nodes(const std::vector<int>& local_sizes,
+                      const std::function<void(const NodeGroups&)>& body) {
+  const auto nodes = static_cast<int>(local_sizes.size());
+  std::vector<std::shared_ptr<Segment>> segments;
+  std::vector<std::pair<int, int>> places;  // node, local rank
+  for (int node = 0; node < nodes; ++node) {
+    segments.push_back(make_segment(local_sizes[node]));
+    for (int local = 0; local < local_sizes[node]; ++local) places.emplace_back(node, local);
+  }
+  const auto size = static_cast<int>(places.size());
+  const LoopbackNodes everyone(size);
+  std::vector<LoopbackNodes> carriers;
+  for (int local = 0; local < *std::ranges::min_element(local_sizes); ++local)
+    carriers.emplace_back(nodes);
+  run_threads(size, [&](int rank) {
+    const auto [node, local] = places[rank];
+    const GroupOptions options{.timeout = kTestTimeout};
+    NodeGroups groups{.local = make_shm_group(segments[node], local, options),
+                      .carriers = nullptr,
+                      .local_sizes = local_sizes,
+                      .node = node};
+    if (local < static_cast<int>(carriers.size()))
+      groups.carriers = make_remote_group(carriers[local].connect(node), options);
+    groups.everyone = make_remote_group(everyone.connect(rank), options);
+    body(groups);
+  });
+}
+
+inline std::function<void(int, const Body&)> run_hierarchical(
+    const std::vector<std::vector<int>>& shapes) {
+  return [shapes](int size, const Body& body) {
+    for (const std::vector<int>& shape : shapes)
+      if (std::accumulate(shape.begin(), shape.end(), 0) == size)
+        run_nodes(shape, [&](const NodeGroups& groups) {
+          body(*make_hierarchical_group(groups, {.timeout = kTestTimeout}));
+        });
+  };
+}
+
 inline std::vector<Backend> backends() {
-  std::vector<Backend> all = {{"Solo", {1}, run_solo},
-                              {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads},
-                              {"RemoteThreads", {1, 2, 3, 4, 5, 8}, run_remote_threads}};
+  std::vector<Backend> all = {
+      {"Solo", {1}, run_solo},
+      {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads},
+      {"RemoteThreads", {1, 2, 3, 5}, run_remote_threads},
+      {"HierarchicalThreads", {2, 4}, run_hierarchical({{1, 1}, {2, 2}})},
+      {"UnevenNodesThreads", {1, 3, 5}, run_hierarchical({{1}, {2, 1}, {2, 1, 2}})}};
   if (!kThreadSanitizer) all.push_back({"ShmProcesses", {2, 3, 8}, run_shm_processes});
   return all;
 }
