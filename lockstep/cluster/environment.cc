@@ -219,7 +219,6 @@ Place launched_place(const Environment& environment) {
 
 Place place_from(const Environment& environment) {
   Place place = launched_place(environment);
-  place.several_nodes = place.local_size < place.size;
   if (place.seat >= 0 && find(environment, "GROUP_WORLD_SIZE") != nullptr)
     place.several_nodes =
         number(environment, "GROUP_WORLD_SIZE", 1, kMaxWorldSize, "LOCKSTEP_SEAT") > 1;

@@ -31,7 +31,7 @@ struct Place {
   int seat = -1;            // lockstep: its place there, where members change; else its local rank
   int event_fd = -1;        // lockstep: the pipe to the agent
   std::string job_id = {};  // names the rendezvous on this node where no segment is inherited
-  bool several_nodes = false;  // the job may span them
+  bool several_nodes = false;  // lockstep: the job may span them (GROUP_WORLD_SIZE)
   std::string engine = {};     // LOCKSTEP_BACKEND: "ucx", "zmq", "mpi"; "": the first there is
   std::string interface = {};  // LOCKSTEP_INTERFACE; "": the one that leads to MASTER_ADDR
   std::string master = {};     // MASTER_ADDR

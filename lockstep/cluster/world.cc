@@ -251,16 +251,21 @@ std::map<Launcher, Exchange>& exchanges() {
   return exchanges;
 }
 
-// What the ranks of a job without an agent tell each other. Returns their addresses.
-std::vector<std::string> meet(const Place& place, Exchange exchange, const std::string& address,
-                              std::vector<int>& local_sizes, int& node) {
-  if (!exchange) exchange = exchanges()[place.launcher];
+Exchange exchange_of(const Place& place, const InitOptions& options) {
+  Exchange exchange = options.exchange ? options.exchange : exchanges()[place.launcher];
   if (!exchange)
     throw ConfigError(
         fmt::format("{} started {} workers, of which {} on this node: there is no way "
                     "to ask for the others' addresses",
                     name_of(place.launcher), place.size, place.local_size),
         "start them with lockstep run --nnodes, torchrun or mpirun");
+  return exchange;
+}
+
+// What the ranks of a job without an agent tell each other. Returns their addresses.
+std::vector<std::string> meet(const Place& place, const Exchange& exchange,
+                              const std::string& address, std::vector<int>& local_sizes,
+                              int& node) {
   const auto refuse = [&](int rank, const std::string& what) {
     return ConfigError(fmt::format("{}: rank {} {}", name_of(place.launcher), rank, what),
                        "a node's ranks are to be one after another, and every rank to run the "
@@ -352,7 +357,10 @@ World init_from(const Place& place, const InitOptions& options) {
     group.on_records = [trace] { trace->copy_records(); };
   }
   group.exact = options.exact;
-  if (place.several_nodes) state->endpoint = endpoint_of(place);
+  const bool several_nodes = place.several_nodes || place.local_size < place.size;
+  const Exchange exchange =
+      several_nodes && place.seat < 0 ? exchange_of(place, options) : Exchange();
+  if (several_nodes) state->endpoint = endpoint_of(place);
   World world;
   world.state_ = std::move(state);
   if (place.seat >= 0) {
@@ -361,9 +369,9 @@ World init_from(const Place& place, const InitOptions& options) {
     return world;
   }
   std::vector<std::string> addresses;
-  if (place.several_nodes)
-    addresses = meet(place, options.exchange, world.state_->endpoint->address(),
-                     world.state_->local_sizes, world.state_->node);
+  if (several_nodes)
+    addresses = meet(place, exchange, world.state_->endpoint->address(), world.state_->local_sizes,
+                     world.state_->node);
   else
     world.state_->local_sizes = {place.size};
   world.state_->make_groups(addresses);
