@@ -9,5 +9,6 @@
 #include "lockstep/parallel/distributed_sampler.h"
 #include "lockstep/parallel/elastic.h"
 #include "lockstep/parallel/shared_weights.h"
+#include "lockstep/parallel/torchrun.h"
 #include "lockstep/train/losses.h"
 #include "lockstep/train/trainer.h"

@@ -106,6 +106,17 @@ TEST(HashTest, Sha256) {
 }
 
 // The test vectors of RFC 3720, B.4.
+TEST(HashTest, Base64) {
+  EXPECT_EQ(to_base64("foobar"), "Zm9vYmFy");
+  for (std::size_t size = 0; size < 20; ++size) {
+    std::string bytes(size, 0);
+    for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<char>(mix({size, i}));
+    EXPECT_EQ(from_base64(to_base64(bytes)), bytes) << size;
+  }
+  EXPECT_THROW(from_base64("Zm9vYmF"), Error);
+  EXPECT_THROW(from_base64("Zm9v*mFy"), Error);
+}
+
 TEST(HashTest, Crc32c) {
   EXPECT_EQ(crc32c({}), 0u);
   EXPECT_EQ(crc32c(as_byte_span("123456789")), 0xe3069283u);

@@ -1,5 +1,5 @@
-// Digests for files and weights, checksums for TensorBoard records, and a mixing function for
-// seeds.
+// Digests for files and weights, bytes as text, checksums for TensorBoard records, and a mixing
+// function for seeds.
 #pragma once
 
 #include <cstddef>
@@ -7,12 +7,17 @@
 #include <initializer_list>
 #include <span>
 #include <string>
+#include <string_view>
 
 namespace lockstep {
 
 // SHA-256 in hexadecimal (OpenSSL).
 std::string sha256_hex(std::span<const std::byte> bytes);
 std::string sha256_hex_of_file(const std::string& path);
+
+// Base64 (OpenSSL). from_base64 throws Error for text that is none.
+std::string to_base64(std::string_view bytes);
+std::string from_base64(std::string_view text);
 
 // CRC-32C (Castagnoli), as TFRecord files use it (unmasked).
 std::uint32_t crc32c(std::span<const std::byte> bytes);

@@ -219,6 +219,13 @@ Place launched_place(const Environment& environment) {
 
 Place place_from(const Environment& environment) {
   Place place = launched_place(environment);
+  if (place.seat >= 0 && find(environment, "GROUP_WORLD_SIZE") != nullptr)
+    place.several_nodes =
+        number(environment, "GROUP_WORLD_SIZE", 1, kMaxWorldSize, "LOCKSTEP_SEAT") > 1;
+  place.engine = text_or(environment, "LOCKSTEP_BACKEND", "");
+  place.interface = text_or(environment, "LOCKSTEP_INTERFACE", "");
+  place.master = text_or(environment, "MASTER_ADDR", "");
+  place.key = text_or(environment, "LOCKSTEP_KEY", "");
   place.trace = text_or(environment, "LOCKSTEP_TRACE", "");
   place.inject = text_or(environment, "LOCKSTEP_INJECT", "");
   return place;

@@ -31,8 +31,13 @@ struct Place {
   int seat = -1;            // lockstep: its place there, where members change; else its local rank
   int event_fd = -1;        // lockstep: the pipe to the agent
   std::string job_id = {};  // names the rendezvous on this node where no segment is inherited
-  std::string trace = {};   // LOCKSTEP_TRACE: the file, "" for none
-  std::string inject = {};  // LOCKSTEP_INJECT: faults (faults.h), "" for none
+  bool several_nodes = false;  // lockstep: the job may span them (GROUP_WORLD_SIZE)
+  std::string engine = {};     // LOCKSTEP_BACKEND: "ucx", "zmq", "mpi"; "": the first there is
+  std::string interface = {};  // LOCKSTEP_INTERFACE; "": the one that leads to MASTER_ADDR
+  std::string master = {};     // MASTER_ADDR
+  std::string key = {};        // LOCKSTEP_KEY: the job's secret
+  std::string trace = {};      // LOCKSTEP_TRACE: the file, "" for none
+  std::string inject = {};     // LOCKSTEP_INJECT: faults (faults.h), "" for none
 };
 
 // Throws ConfigError naming the variable: missing partner, not a number, rank outside the world,

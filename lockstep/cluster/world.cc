@@ -9,15 +9,18 @@
 #include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <utility>
 
 #include "lockstep/base/error.h"
+#include "lockstep/base/hash.h"
 #include "lockstep/cluster/segment_exchange.h"
 #include "lockstep/cluster/trace.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/generation_board.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/observe/event.h"
+#include "lockstep/transport/transport.h"
 
 namespace lockstep {
 namespace {
@@ -30,7 +33,10 @@ struct World::State {
   UniqueFd name;  // of the job on this node, where no agent holds it together
   std::shared_ptr<Segment> segment;
   std::unique_ptr<EventSink> events;
-  std::unique_ptr<Group> group;
+  std::unique_ptr<Endpoint> endpoint;  // where the world may span nodes
+  std::vector<int> local_sizes;        // by node
+  int node = 0;
+  std::shared_ptr<Group> local, across, group;
   bool is_elastic = false;
   std::uint64_t seen = 0;  // generations that this worker knows of
   std::map<std::string, std::span<std::byte>> lasting;
@@ -38,6 +44,12 @@ struct World::State {
 
   bool enter_next(bool failed);
   bool enter(const Generation& generation);
+  void make_groups(const std::vector<std::string>& addresses);
+  void leave() {
+    group.reset();
+    across.reset();
+    local.reset();
+  }
 };
 
 int World::rank() const { return state_->place.rank; }
@@ -47,6 +59,10 @@ int World::local_size() const { return state_->place.local_size; }
 std::uint64_t World::generation() const { return state_->place.generation; }
 const Place& World::place() const { return state_->place; }
 Group& World::group() const { return *state_->group; }
+int World::node() const { return state_->node; }
+const std::vector<int>& World::local_sizes() const { return state_->local_sizes; }
+Group& World::local_group() const { return *state_->local; }
+Group* World::across_group() const { return state_->across.get(); }
 EventSink& World::events() const { return *state_->events; }
 bool World::has_agent() const { return state_->place.event_fd >= 0; }
 bool World::is_elastic() const { return state_->is_elastic; }
@@ -67,7 +83,9 @@ void World::declare_elastic() const {
 
 void World::join() const {
   if (state_->group) return;
-  state_->events->emit({{"event", "join"}});
+  nlohmann::json event{{"event", "join"}};
+  if (state_->endpoint) event["address"] = to_base64(state_->endpoint->address());
+  state_->events->emit(event);
   state_->enter_next(false);
 }
 
@@ -75,7 +93,7 @@ bool World::next_generation(std::string_view failure) const {
   if (!failure.empty())
     state_->events->emit(
         {{"event", "comm_error"}, {"generation", generation()}, {"message", failure}});
-  state_->group.reset();
+  state_->leave();
   return state_->enter_next(!failure.empty());
 }
 
@@ -159,20 +177,126 @@ bool World::State::enter_next(bool failed) {
 bool World::State::enter(const Generation& generation) {
   const auto self = std::ranges::find(generation.seats, place.seat);
   if (self == generation.seats.end()) return false;
-  place.rank = place.local_rank = static_cast<int>(self - generation.seats.begin());
-  place.size = place.local_size = static_cast<int>(generation.seats.size());
+  place.local_rank = static_cast<int>(self - generation.seats.begin());
+  place.local_size = static_cast<int>(generation.seats.size());
   place.generation = group_options.generation = generation.number;
   group_options.seats = generation.seats;
+  node = generation.node;
+  local_sizes = generation.local_sizes;
+  if (local_sizes.empty()) local_sizes = {place.local_size};
+  const auto mine = local_sizes.begin() + node;
+  place.rank = std::accumulate(local_sizes.begin(), mine, place.local_rank);
+  place.size = std::accumulate(mine, local_sizes.end(), place.rank - place.local_rank);
   try {
-    group = make_shm_group(segment, place.rank, group_options);
+    make_groups(generation.addresses);
   } catch (const CommError& error) {  // somebody died on the way here
+    leave();
     events->emit(
         {{"event", "comm_error"}, {"generation", generation.number}, {"message", error.what()}});
   }
   return group != nullptr;
 }
 
+// Of the place and the nodes' sizes; addresses: of all ranks, in base64, where there are several
+// nodes.
+void World::State::make_groups(const std::vector<std::string>& addresses) {
+  local = segment && (place.seat >= 0 || place.local_size > 1 || group_options.on_records)
+              ? make_shm_group(segment, place.local_rank, group_options)
+              : make_solo_group(group_options);
+  group = local;
+  if (local_sizes.size() == 1) return;
+  GroupOptions options = group_options;
+  options.seats = {};
+  options.key = place.key;
+  options.is_over = [segment = segment, generation = place.generation]() -> std::string {
+    if (!segment) return "";
+    if (segment->abort_word().load() != 0) return "the job was aborted: " + segment->abort_reason();
+    if (generations_over(*segment) <= generation) return "";
+    const auto next = newest_generation(*segment);
+    return fmt::format("generation {} is over{}", generation,
+                       next && next->number > generation ? ": " + next->reason : "");
+  };
+  if (place.local_rank < *std::ranges::min_element(local_sizes)) {
+    std::vector<std::string> carriers;
+    int first = 0;
+    for (const int size : local_sizes) {
+      carriers.push_back(
+          from_base64(addresses.at(static_cast<std::size_t>(first + place.local_rank))));
+      first += size;
+    }
+    across = make_remote_group(endpoint->connect(carriers, node,
+                                                 {.generation = place.generation,
+                                                  .deadline = Deadline::after(options.timeout)}),
+                               options);
+  }
+  group = make_hierarchical_group({local, across, local_sizes, node}, options);
+}
+
 namespace {
+
+static_assert((kMostAddressBytes + 2) / 3 * 4 <= kMaxAddressBytes);
+
+std::unique_ptr<Endpoint> endpoint_of(const Place& place) {
+  Engine engine = place.launcher == Launcher::open_mpi ? Engine::mpi : Engine::ucx;
+  if (!place.engine.empty())
+    engine = engine_from(place.engine);
+  else if (engine == Engine::ucx && !unavailable(engine).empty())
+    engine = Engine::zmq;
+  return make_endpoint(engine,
+                       {.interface = place.interface, .towards = place.master, .key = place.key});
+}
+
+std::map<Launcher, Exchange>& exchanges() {
+  static std::map<Launcher, Exchange> exchanges;
+  return exchanges;
+}
+
+Exchange exchange_of(const Place& place, const InitOptions& options) {
+  Exchange exchange = options.exchange ? options.exchange : exchanges()[place.launcher];
+  if (!exchange)
+    throw ConfigError(
+        fmt::format("{} started {} workers, of which {} on this node: there is no way "
+                    "to ask for the others' addresses",
+                    name_of(place.launcher), place.size, place.local_size),
+        "start them with lockstep run --nnodes, torchrun or mpirun");
+  return exchange;
+}
+
+// What the ranks of a job without an agent tell each other. Returns their addresses.
+std::vector<std::string> meet(const Place& place, const Exchange& exchange,
+                              const std::string& address, std::vector<int>& local_sizes,
+                              int& node) {
+  const auto refuse = [&](int rank, const std::string& what) {
+    return ConfigError(fmt::format("{}: rank {} {}", name_of(place.launcher), rank, what),
+                       "a node's ranks are to be one after another, and every rank to run the "
+                       "same version");
+  };
+  nlohmann::json mine{{"local_rank", place.local_rank}, {"local_size", place.local_size}};
+  mine["address"] = to_base64(address);
+  const std::vector<std::string> texts = exchange(place, mine.dump());
+  std::vector<std::string> addresses;
+  int first = 0;  // rank of the node under way
+  for (int rank = 0; rank < place.size; ++rank) {
+    const auto told =
+        nlohmann::json::parse(texts.at(static_cast<std::size_t>(rank)), nullptr, false);
+    try {
+      const int local_rank = told.at("local_rank"), local_size = told.at("local_size");
+      if (rank == first + (rank == 0 ? 0 : local_sizes.back())) {
+        first = rank;
+        local_sizes.push_back(local_size);
+      }
+      if (local_rank != rank - first || local_size != local_sizes.back() || local_size < 1)
+        throw refuse(rank, fmt::format("is local rank {} of {}", local_rank, local_size));
+      if (rank == place.rank) node = static_cast<int>(local_sizes.size()) - 1;
+      addresses.push_back(told.at("address"));
+    } catch (const nlohmann::json::exception&) {
+      throw refuse(rank, "told nothing that can be read");
+    }
+  }
+  if (first + local_sizes.back() != place.size)
+    throw refuse(place.size - 1, "is not the last of its node");
+  return addresses;
+}
 
 UniqueFd inherited(int fd, const char* variable) {
   if (::fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
@@ -183,16 +307,12 @@ UniqueFd inherited(int fd, const char* variable) {
   return UniqueFd(fd);
 }
 
-void check_one_node(const Place& place) {
-  if (place.local_size != place.size || place.local_rank != place.rank)
-    throw ConfigError(
-        fmt::format(
-            "{} started {} workers, of which {} on this node: this version runs on one node",
-            name_of(place.launcher), place.size, place.local_size),
-        "start all workers on one node");
-}
-
 }  // namespace
+
+bool meet_by(Launcher launcher, Exchange exchange) {
+  exchanges()[launcher] = std::move(exchange);
+  return true;
+}
 
 World init(const InitOptions& options) {
   const Environment environment = process_environment();
@@ -206,7 +326,6 @@ World init(const InitOptions& options) {
 }
 
 World init_from(const Place& place, const InitOptions& options) {
-  check_one_node(place);
   const Deadline deadline = Deadline::after(options.timeout);
   auto state = std::make_shared<World::State>();
   state->place = place;
@@ -237,16 +356,25 @@ World init_from(const Place& place, const InitOptions& options) {
         /*merges=*/place.event_fd < 0);
     group.on_records = [trace] { trace->copy_records(); };
   }
+  group.exact = options.exact;
+  const bool several_nodes = place.several_nodes || place.local_size < place.size;
+  const Exchange exchange =
+      several_nodes && place.seat < 0 ? exchange_of(place, options) : Exchange();
+  if (several_nodes) state->endpoint = endpoint_of(place);
   World world;
   world.state_ = std::move(state);
   if (place.seat >= 0) {
     world.state_->place.generation = kNoGeneration;
     if (options.join) world.join();
-  } else {
-    world.state_->group = place.size > 1 || group.on_records
-                              ? make_shm_group(world.state_->segment, place.local_rank, group)
-                              : make_solo_group(group);
+    return world;
   }
+  std::vector<std::string> addresses;
+  if (several_nodes)
+    addresses = meet(place, exchange, world.state_->endpoint->address(), world.state_->local_sizes,
+                     world.state_->node);
+  else
+    world.state_->local_sizes = {place.size};
+  world.state_->make_groups(addresses);
   return world;
 }
 

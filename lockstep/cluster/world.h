@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/cluster/environment.h"
@@ -31,6 +32,13 @@ class World {
   std::uint64_t generation() const;
   const Place& place() const;
   Group& group() const;
+  // Where the world spans nodes. Ranks of a node are contiguous.
+  int node() const;                             // this rank's, in the order of their ranks
+  const std::vector<int>& local_sizes() const;  // ranks of each node
+  Group& local_group() const;                   // this node's ranks; of one node: group()
+  // The ranks with this local rank, by node: they carry one part of the data between nodes. Null on
+  // a rank whose number some node has not, and where there is one node.
+  Group* across_group() const;
   EventSink& events() const;                 // to the agent; goes nowhere without one
   std::shared_ptr<Segment> segment() const;  // the node's shared memory
   int seat() const;                          // this worker's place there
@@ -74,15 +82,24 @@ class World {
   std::shared_ptr<State> state_;
 };
 
+// Gives this rank's text and gets everyone's, by rank. Throws CommError: who did not come.
+using Exchange =
+    std::function<std::vector<std::string>(const Place& place, const std::string& mine)>;
+// How ranks on several nodes find each other that this launcher started. To be called before
+// init(); returns true.
+bool meet_by(Launcher launcher, Exchange exchange);
+
 struct InitOptions {
   Clock::duration timeout = kDefaultTimeout;  // of joining and of every collective
-  bool join = true;  // false: World::join() follows, where the agent makes generations
+  bool join = true;        // false: World::join() follows, where the agent makes generations
+  bool exact = true;       // across nodes: only what adds in canonical order
+  Exchange exchange = {};  // across nodes without an agent, called once; none: the launcher's
 };
 
 // Joins the job this process was started for: by `lockstep run`, torchrun, mpirun or srun; alone: a
 // world of one. Without an agent, local rank 0 makes the segment and passes it over an abstract
-// Unix socket that checks the peer's user. Throws ConfigError (environment, a world of several
-// nodes: not in this version) or CommError (who did not come).
+// Unix socket that checks the peer's user. Throws ConfigError (environment) or CommError (who did
+// not come).
 World init(const InitOptions& options = {});
 World init_from(const Place& place, const InitOptions& options);
 

@@ -6,8 +6,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <barrier>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -72,6 +74,77 @@ TEST(World, RanksWithoutAnAgentMeet) {
     EXPECT_EQ(value, 6);
   });
   EXPECT_THAT(refusals, testing::Each(""));
+}
+
+// Ranks as threads, on nodes with so many each; what they tell each other goes through memory.
+std::vector<std::string> on_nodes(const std::vector<int>& local_sizes,
+                                  const std::function<void(const World&)>& body) {
+  std::vector<Place> places;
+  const int size = std::accumulate(local_sizes.begin(), local_sizes.end(), 0);
+  for (std::size_t node = 0; node < local_sizes.size(); ++node)
+    for (int local = 0; local < local_sizes[node]; ++local) {
+      Place mine = place(int(places.size()), size);
+      mine.local_rank = local;
+      mine.local_size = local_sizes[node];
+      mine.job_id += " node " + std::to_string(node);
+      mine.key = "a secret";
+      places.push_back(mine);
+    }
+  std::vector<std::string> told(places.size());
+  std::barrier everybody(size);
+  const Exchange exchange = [&](const Place& place, const std::string& text) {
+    told[std::size_t(place.rank)] = text;
+    everybody.arrive_and_wait();
+    return told;
+  };
+  return in_threads(places, [&](const Place& mine) {
+    body(init_from(mine, {.timeout = kAmple, .exchange = exchange}));
+  });
+}
+
+TEST(World, SpansNodes) {
+  for (const std::vector<int>& sizes : {std::vector{1, 1}, {2, 2}, {1, 3, 2}}) {
+    const int size = std::accumulate(sizes.begin(), sizes.end(), 0);
+    const auto refusals = on_nodes(sizes, [&](const World& world) {
+      EXPECT_EQ(world.size(), size);
+      EXPECT_EQ(world.local_sizes(), sizes);
+      EXPECT_EQ(world.local_group().size(), sizes[std::size_t(world.node())]);
+      EXPECT_EQ(world.local_group().rank(), world.local_rank());
+      const int least = *std::ranges::min_element(sizes);
+      ASSERT_EQ(world.across_group() != nullptr, world.local_rank() < least);
+      if (world.across_group() != nullptr) {
+        EXPECT_EQ(world.across_group()->rank(), world.node());
+      }
+      std::vector<float> values(3000, 1.0f / static_cast<float>(world.rank() + 3));
+      const auto bytes = std::as_writable_bytes(std::span(values));
+      world.group().all_reduce(bytes, Dtype::float32, Reduction::sum);
+      std::vector<float> sums(std::size_t(size), 0.0f);
+      world.group().all_gather(bytes.first(sizeof(float)), std::as_writable_bytes(std::span(sums)),
+                               Dtype::float32);
+      EXPECT_THAT(values, testing::Each(sums[0]));
+      EXPECT_THAT(sums, testing::Each(sums[0]));
+      world.group().barrier();
+    });
+    EXPECT_THAT(refusals, testing::Each(""));
+  }
+}
+
+TEST(World, RefusesNodesThatAreNotInOrder) {
+  Place mine = place(1, 2);
+  mine.local_rank = 0;
+  mine.local_size = 1;
+  const auto told = [&](const std::string& first) {
+    const Exchange exchange = [&](const Place&, const std::string& text) {
+      return std::vector<std::string>{first, text};
+    };
+    return refusal([&] { init_from(mine, {.exchange = exchange}); });
+  };
+  EXPECT_THAT(told(R"({"local_rank": 1, "local_size": 2, "address": ""})"),
+              HasSubstr("rank 0 is local rank 1 of 2"));
+  EXPECT_THAT(told(R"({"local_rank": 0, "local_size": 2, "address": ""})"),
+              HasSubstr("rank 1 is local rank 0 of 1"));
+  EXPECT_THAT(told(R"({"local_rank": "x"})"), HasSubstr("rank 0 told nothing that can be read"));
+  EXPECT_THAT(told("]"), HasSubstr("rank 0 told nothing that can be read"));
 }
 
 TEST(World, RefusesSeveralNodes) {

@@ -47,12 +47,13 @@ struct Generation {
   std::vector<int> seats;  // local rank r sits at seats[r]
   std::string reason;      // why there is a new one
   // Where it spans several nodes: how many members each has, in the order of their ranks; which of
-  // them this one is; and every member's Endpoint::address() by rank, of kMaxAddressBytes at most.
+  // them this one is; and every member's address by rank, as its "join" event told it, of
+  // kMaxAddressBytes at most.
   std::vector<int> local_sizes = {};
   int node = 0;
   std::vector<std::string> addresses = {};
 };
-inline constexpr std::size_t kMaxAddressBytes = 2048;
+inline constexpr std::size_t kMaxAddressBytes = 4096;
 // Numbers only grow. at_once: the older ones are over, and waits in them end; else their members
 // move on between two steps. Throws Error when the node's arena has no room for the addresses.
 void publish(Segment& segment, const Generation& generation, bool at_once);
