@@ -14,6 +14,7 @@
 #include "lockstep/bridge/backward_hooks.h"
 #include "lockstep/bridge/direct_gradients.h"
 #include "lockstep/bridge/flat_parameters.h"
+#include "lockstep/collective/comm_queue.h"
 #include "lockstep/parallel/gradient_buckets.h"
 #include "lockstep/parallel/pass_record.h"
 #include "lockstep/parallel/same_module.h"
@@ -69,6 +70,10 @@ int first_active(std::span<const PassRecord> records) {
 //   buffers
 // The records before bucket 0 say what each rank's gradients count for. Those before the last
 // bucket say what each rank used: then all its gradients have come, or its backward is over.
+//
+// With a queue its thread makes the calls from the first records to the last bucket, and has what
+// they need to itself: `records` and what follows from them, and the buckets that it was given.
+// The caller's thread has all the rest, and that too after settle().
 
 struct Replica::State {
   World world;
@@ -85,8 +90,8 @@ struct Replica::State {
   std::optional<BufferBroadcast> broadcast;
 
   PassRecord mine;                  // `used` since the last average
+  bool announced = false;           // the pass's first records are under way
   std::vector<PassRecord> records;  // the latest of all ranks
-  bool announced = false;           // the pass's first records are there
   bool equal_weights = true;
   double total_weight = 0;
   std::vector<bool> arrived;      // by parameter: lies in its bucket
@@ -94,6 +99,7 @@ struct Replica::State {
   std::size_t next = 0;           // bucket to reduce
   std::optional<DirectGradients> direct;
   std::optional<BackwardHooks> hooks;
+  std::unique_ptr<CommQueue> queue;  // last: ends before what its calls use
 
   State(const World& w, const DataParallelOptions& o) : world(w), options(o) {}
 
@@ -102,7 +108,32 @@ struct Replica::State {
     return buckets[bucket].places[index];
   }
 
+  // Calls on the group; with a queue they are made until settle().
+  void run(CommQueue::Call call) {
+    if (queue) return queue->submit(std::move(call));
+    forget_if_it_fails([&] { call(world.group()); });
+  }
+  void settle() {
+    if (queue) forget_if_it_fails([&] { queue->wait(); });
+  }
+  // A pass that ranks found wrong is over with.
+  void forget_if_it_fails(const std::function<void()>& attempt) {
+    try {
+      attempt();
+    } catch (...) {
+      mine.problem = GradientProblem::none;
+      mine.used.assign(parameters.size(), false);
+      throw;
+    }
+  }
+
   void begin() {
+    try {
+      settle();  // a pass that was interrupted: other ranks made the same calls
+    } catch (const CommError&) {
+      throw;
+    } catch (const std::exception&) {  // was wrong with that one
+    }
     arrived.assign(parameters.size(), false);
     prior.assign(parameters.size(), {});
     for (GradientBucket& bucket : buckets) bucket.missing = bucket.places.size();
@@ -152,66 +183,61 @@ struct Replica::State {
   }
 
   void reduce(std::size_t index) {
-    const at::NoGradGuard no_grad;
     if (!announced) announce();
-    if (index + 1 == buckets.size()) {
-      if (index > 0) meet();
-      if (!options.find_unused_parameters) check_used();
-    }
+    if (index + 1 == buckets.size())
+      run([this, index, mine = mine](Group& group) {
+        if (index > 0) meet(group, mine);
+        if (!options.find_unused_parameters) check_all_used(records, parameters, trained);
+      });
     GradientBucket& bucket = buckets[index];
-    if (!equal_weights && mine.weight == 0)
-      bucket.flat.zero_();  // not times 0, which keeps what is not finite
-    else if (!equal_weights && mine.weight != 1)
-      bucket.flat.mul_(mine.weight);
-    world.group().all_reduce(bucket.memory, bucket.dtype,
-                             equal_weights ? Reduction::mean : Reduction::sum,
-                             {.tag = bucket.label});
-    if (!equal_weights) bucket.flat.div_(total_weight);
+    std::vector<at::Tensor> shown;
+    // Show the memory while the call lasts: a backward after an interrupted one writes elsewhere.
+    for (std::size_t i = 0; queue && i < bucket.places.size(); ++i)
+      shown.push_back(bucket.places[i].view().detach());
+    run([this, &bucket, weight = mine.weight, shown = std::move(shown)](Group& group) {
+      const at::NoGradGuard no_grad;
+      if (!equal_weights && weight == 0)
+        bucket.flat.zero_();  // not times 0, which keeps what is not finite
+      else if (!equal_weights && weight != 1)
+        bucket.flat.mul_(weight);
+      group.all_reduce(bucket.memory, bucket.dtype,
+                       equal_weights ? Reduction::mean : Reduction::sum, {.tag = bucket.label});
+      if (!equal_weights) bucket.flat.div_(total_weight);
+    });
   }
 
   // The pass's first records: who takes part, with what weight.
   void announce() {
     announced = true;
     mine.weight = mine.active || join->divide_by_initial_world_size ? weight : 0;
-    meet();
-    const auto active =
-        std::count_if(records.begin(), records.end(), [](const auto& one) { return one.active; });
-    if (active == 0) return;
-    if (join && join->throw_on_early_termination && active < world.size())
-      throw Error(
-          "data_parallel: a rank ran out of batches before the others (join with "
-          "throw_on_early_termination)");
-    total_weight = 0;
-    equal_weights = true;
-    for (const PassRecord& one : records) {
-      total_weight += one.weight;
-      equal_weights = equal_weights && one.weight == records.front().weight;
-    }
-    if (total_weight == 0)
-      throw ConfigError("data_parallel: the weight is 0 on every rank: no average exists",
-                        "leave out a step that no rank has samples for");
+    run([this, mine = mine, all_or_none = join && join->throw_on_early_termination](Group& group) {
+      meet(group, mine);
+      const auto active =
+          std::count_if(records.begin(), records.end(), [](const auto& one) { return one.active; });
+      if (active == 0) return;
+      if (all_or_none && active < group.size())
+        throw Error(
+            "data_parallel: a rank ran out of batches before the others (join with "
+            "throw_on_early_termination)");
+      total_weight = 0;
+      equal_weights = true;
+      for (const PassRecord& one : records) {
+        total_weight += one.weight;
+        equal_weights = equal_weights && one.weight == records.front().weight;
+      }
+      if (total_weight == 0)
+        throw ConfigError("data_parallel: the weight is 0 on every rank: no average exists",
+                          "leave out a step that no rank has samples for");
+    });
   }
 
-  void meet() {
-    records = exchange(world.group(), mine);
-    if (std::all_of(records.begin(), records.end(),
-                    [](const auto& one) { return one.problem == GradientProblem::none; }))
-      return;
-    mine.problem = GradientProblem::none;
-    mine.used.assign(parameters.size(), false);
+  void meet(Group& group, const PassRecord& own) {
+    records = exchange(group, own);
     check_problems(records, parameters);
   }
 
-  void check_used() {
-    try {
-      check_all_used(records, parameters, trained);
-    } catch (...) {
-      mine.used.assign(parameters.size(), false);
-      throw;
-    }
-  }
-
   void finish() {
+    settle();
     const at::NoGradGuard no_grad;
     std::vector<at::Tensor> places;
     for (std::size_t i = 0; i < parameters.size(); ++i) {
@@ -244,6 +270,7 @@ struct Replica::State {
     while (true) {
       begin();
       announce();
+      settle();
       if (first_active(records) == world.size()) break;
       for (std::size_t i = 0; i < parameters.size(); ++i) {
         if (!trained[i]) continue;
@@ -286,7 +313,9 @@ Replica::Replica(torch::nn::Module& module, const World& world, const DataParall
                       BackwardHooks::Calls{[&state] { state.begin(); },
                                            [&state](std::size_t i) { state.gradient(i); },
                                            [&state] { state.end(); }});
+  const bool overlap = options.overlap.value_or(false);
   std::optional<std::size_t> cap_bytes;
+  if (overlap) cap_bytes = kOverlappedBucketBytes;
   if (options.bucket_cap_mb)
     cap_bytes = static_cast<std::size_t>(std::ceil(*options.bucket_cap_mb * (1 << 20)));
   // .grad may outlive the caller's world.
@@ -303,6 +332,7 @@ Replica::Replica(torch::nn::Module& module, const World& world, const DataParall
   state.direct->set_places(places);
   if (options.broadcast_buffers) state.broadcast.emplace(group, state.buffers);
   state.mine.used.assign(state.parameters.size(), false);
+  if (overlap) state.queue = std::make_unique<CommQueue>(group);
 }
 
 Replica::~Replica() = default;
@@ -312,6 +342,10 @@ void Replica::set_weight(double weight) {
     throw ConfigError(fmt::format("data_parallel: weight {} is out of range", weight),
                       "a weight is finite and not negative, such as the number of samples");
   state_->weight = weight;
+}
+
+CommQueue::Statistics Replica::communication() const {
+  return state_->queue ? state_->queue->statistics() : CommQueue::Statistics{};
 }
 
 NoSync::NoSync(std::shared_ptr<Replica> replica) : replica_(std::move(replica)) {

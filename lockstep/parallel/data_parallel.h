@@ -18,6 +18,7 @@
 
 #include "lockstep/bridge/autocast.h"
 #include "lockstep/cluster/world.h"
+#include "lockstep/collective/comm_queue.h"
 
 namespace torch::nn {
 class Module;
@@ -30,11 +31,16 @@ struct DataParallelOptions {
   // ranks; under join the first rank's that has not run out.
   bool broadcast_buffers = true;
   // Gradients are reduced in buckets of about this size while backward runs, last layer first (the
-  // first bucket: 1 MiB), in the same order on every rank. Unset: all at once, when the last one is
-  // there. Between ranks of one node that is faster: the cores that would add are those that still
-  // compute, so an early bucket hides nothing, and each bucket is a meeting at which all wait for
-  // the slowest, whereas over a whole backward the ranks' leads and lags cancel out.
+  // first bucket: 1 MiB), in the same order on every rank. Unset: 4 MiB with overlap, otherwise all
+  // at once, when the last one is there. Between ranks of one node that is faster: the cores that
+  // would add are those that still compute, so an early bucket hides nothing, and each bucket is a
+  // meeting at which all wait for the slowest, whereas over a whole backward the ranks' leads and
+  // lags cancel out.
   std::optional<double> bucket_cap_mb = {};
+  // Buckets are reduced by a thread of their own, so that backward goes on meanwhile. From the
+  // first gradient until backward() returns, the world's groups are that thread's: hooks make no
+  // collectives. Unset: where the world spans nodes.
+  std::optional<bool> overlap = {};
   // Whether a rank's loss may leave out parameters: those contribute zero, and one that no rank
   // used keeps the .grad it had. Otherwise they are an error that names them, on every rank: mostly
   // they are a mistake, such as a layer that is registered and never called.
@@ -70,6 +76,7 @@ class Replica {
   Replica(torch::nn::Module& module, const World& world, const DataParallelOptions& options);
   ~Replica();
   void set_weight(double weight);
+  CommQueue::Statistics communication() const;
 
  private:
   friend class NoSync;
@@ -131,6 +138,9 @@ class [[nodiscard]] DataParallel {
   // sum(weight * gradient) / sum(weight) over the ranks. 1 unless set; for a loss that is a mean
   // over the batch, the number of its samples. Zero is allowed as long as some rank has more.
   void set_weight(double weight) { replica_->set_weight(weight); }
+  // With overlap: how long gradients were under way so far, and how much of that backward() waited
+  // for; the rest was hidden behind computing.
+  CommQueue::Statistics communication() const { return replica_->communication(); }
   NoSync no_sync() { return NoSync(replica_); }
   Join join(JoinOptions options = {}) { return Join(replica_, std::move(options)); }
 

@@ -61,8 +61,7 @@ TEST_P(DataParallelBits, EqualOneProcess) {
         return std::make_unique<torch::optim::SGD>(
             p, torch::optim::SGDOptions(0.05).momentum(0.9).nesterov(true));
       }};
-  // One bucket, or about one for each parameter.
-  for (const std::optional<double> cap : {std::optional<double>(), std::optional(1e-4)})
+  for (const DataParallelOptions& how : kWays)
     for (const std::vector<double>& weights :
          {std::vector<double>{1, 1, 1, 1}, std::vector<double>{3, 7, 2, 5}}) {
       if (ranks == 1 && weights[0] != 1) continue;  // alone, a weight changes nothing
@@ -70,7 +69,7 @@ TEST_P(DataParallelBits, EqualOneProcess) {
         Results results;
         run_ranks(ranks, [&](const World& world) {
           Net net(1 + world.rank());  // rank 0's values must reach all
-          auto model = data_parallel(net, world, {.bucket_cap_mb = cap});
+          auto model = data_parallel(net, world, how);
           model.set_weight(weights[static_cast<std::size_t>(world.rank())]);
           const auto optimizer = make_optimizer(net->parameters());
           for (int step = 0; step < 4; ++step) {

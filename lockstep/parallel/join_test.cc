@@ -90,11 +90,12 @@ TEST(Join, EqualsOneProcess) {
        {Lengths{3}, Lengths{4, 1}, Lengths{0, 2}, Lengths{2, 2}, Lengths{1, 0, 3}, Lengths{0, 0}})
     for (const bool by_initial_size : {true, false})
       for (const double momentum : {0.0, 0.9})
-        for (const std::optional<double> cap : {std::optional<double>(), std::optional(1e-4)}) {
-          SCOPED_TRACE(testing::Message() << testing::PrintToString(lengths) << by_initial_size
-                                          << momentum << cap.has_value());
-          train(lengths, {.bucket_cap_mb = cap}, {.divide_by_initial_world_size = by_initial_size},
-                momentum, train_alone(lengths, by_initial_size, momentum));
+        for (const DataParallelOptions& options : kWays) {
+          SCOPED_TRACE(testing::Message()
+                       << testing::PrintToString(lengths) << by_initial_size << momentum
+                       << options.bucket_cap_mb.has_value() << options.overlap.has_value());
+          train(lengths, options, {.divide_by_initial_world_size = by_initial_size}, momentum,
+                train_alone(lengths, by_initial_size, momentum));
         }
 }
 

@@ -15,8 +15,6 @@ using testing::AllOf;
 using testing::HasSubstr;
 using testing::Not;
 
-const std::optional<double> kManyBuckets = 1e-4, kOneBucket;
-
 std::vector<at::Tensor> gradients_of(torch::nn::Module& module) {
   std::vector<at::Tensor> gradients;
   for (const auto& parameter : module.parameters()) gradients.push_back(parameter.grad().clone());
@@ -44,7 +42,7 @@ std::vector<at::Tensor> average(int ranks, const std::function<void(Module&, int
 TEST(Buckets, AreReducedWhileBackwardRuns) {
   run_ranks(2, [](const World& world) {
     Net net(1);
-    auto model = data_parallel(net, world, {.bucket_cap_mb = kManyBuckets});
+    auto model = data_parallel(net, world, kWays[1]);
     std::uint64_t before = world.group().statistics().operations, during = 0;
     net->first->weight.register_hook([&](const at::Tensor&) {
       during = world.group().statistics().operations;
@@ -85,7 +83,7 @@ struct PairImpl : torch::nn::Module {
 TORCH_MODULE(Pair);
 
 TEST(Buckets, KeepTheirOrderWhateverOrderGradientsComeIn) {
-  for (const auto cap : {kOneBucket, kManyBuckets}) {
+  for (const DataParallelOptions& how : kWays) {
     Results results;
     const auto backward = [](Pair& pair, int rank) {
       const at::Tensor x = numbers({40}, 3 + rank);
@@ -95,7 +93,7 @@ TEST(Buckets, KeepTheirOrderWhateverOrderGradientsComeIn) {
     };
     run_ranks(2, [&](const World& world) {
       Pair pair(1);
-      auto model = data_parallel(pair, world, {.bucket_cap_mb = cap});
+      auto model = data_parallel(pair, world, how);
       backward(pair, world.rank());
       results.put(world.rank(), gradients_of(*pair));
     });
@@ -112,11 +110,11 @@ TEST(Buckets, RefuseASizeOutOfRange) {
 // --- Accumulation ---
 
 TEST(NoSync, AccumulatesLocallyAndThenAverages) {
-  for (const auto cap : {kOneBucket, kManyBuckets}) {
+  for (const DataParallelOptions& how : kWays) {
     Results results;
     run_ranks(3, [&](const World& world) {
       Net net(1);
-      auto model = data_parallel(net, world, {.bucket_cap_mb = cap});
+      auto model = data_parallel(net, world, how);
       for (int round = 0; round < 2; ++round) {
         net->zero_grad();
         const std::uint64_t before = world.group().statistics().operations;
@@ -179,10 +177,10 @@ TEST(SecondBackward, WithRetainGraphAddsTheSame) {
 // --- Unused and tied parameters ---
 
 TEST(Unused, AreAnErrorThatNamesThemOnEveryRank) {
-  for (const auto cap : {kOneBucket, kManyBuckets})
+  for (const DataParallelOptions& how : kWays)
     run_ranks(3, [&](const World& world) {
       Pair pair(1);
-      auto model = data_parallel(pair, world, {.bucket_cap_mb = cap});
+      auto model = data_parallel(pair, world, how);
       EXPECT_THAT(message_of<ConfigError>([&] {
                     if (world.rank() == 1)
                       pair->right.sum().backward();
@@ -201,11 +199,11 @@ TEST(Unused, AreAnErrorThatNamesThemOnEveryRank) {
 }
 
 TEST(Unused, KeepTheGradientTheyHad) {
-  for (const auto cap : {kOneBucket, kManyBuckets})
+  for (DataParallelOptions how : kWays) {
+    how.find_unused_parameters = true;
     run_ranks(3, [&](const World& world) {
       Pair pair(1);
-      auto model =
-          data_parallel(pair, world, {.bucket_cap_mb = cap, .find_unused_parameters = true});
+      auto model = data_parallel(pair, world, how);
       (pair->left * numbers({40}, world.rank())).sum().backward();
       EXPECT_FALSE(pair->right.grad().defined());
       const at::Tensor left = pair->left.grad().clone();
@@ -214,6 +212,7 @@ TEST(Unused, KeepTheGradientTheyHad) {
       EXPECT_TRUE(at::equal(pair->left.grad(), left));
       EXPECT_TRUE(at::equal(pair->right.grad(), at::full({40}, 7.0)));
     });
+  }
 }
 
 // A weight used twice under two names, large enough to be born in place.
@@ -232,14 +231,14 @@ struct TiedImpl : torch::nn::Module {
 TORCH_MODULE(Tied);
 
 TEST(Tied, AreAveragedOnce) {
-  for (const auto cap : {kOneBucket, kManyBuckets}) {
+  for (const DataParallelOptions& how : kWays) {
     Results results;
     const auto local = [](Tied& tied, int rank) {
       tied->forward(numbers({5, 130}, rank)).square().mean().backward();
     };
     run_ranks(2, [&](const World& world) {
       Tied tied(1);
-      auto model = data_parallel(tied, world, {.bucket_cap_mb = cap});
+      auto model = data_parallel(tied, world, how);
       for (int round = 0; round < 3; ++round) {
         tied->zero_grad(/*set_to_none=*/round != 1);
         local(tied, world.rank());

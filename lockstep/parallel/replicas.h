@@ -17,6 +17,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/world.h"
 #include "lockstep/memory/segment.h"
+#include "lockstep/parallel/data_parallel.h"
 
 namespace lockstep {
 
@@ -60,6 +61,10 @@ std::string message_of(const std::function<void()>& attempt) {
   }
   return "no error";
 }
+
+// How gradients may travel: all at once, about each alone, the same while backward runs.
+inline const DataParallelOptions kWays[] = {
+    {}, {.bucket_cap_mb = 1e-4}, {.bucket_cap_mb = 1e-4, .overlap = true}};
 
 // --- Modules and data ---
 
