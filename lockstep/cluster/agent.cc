@@ -92,8 +92,6 @@ void Agent::start() {
   }
   if (options_.zygote) start_zygote();
   begin_job();
-  for (const auto& [id, worker] : workers_)
-    if (worker.process.pid() != 0) check_exec(worker.process);
   if (options_.control != nullptr) watch(options_.control->fd(), Source::control, 0);
   timer_ = checked(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK), "timerfd");
   const timespec tenth{0, 100'000'000};
@@ -105,47 +103,36 @@ void Agent::start() {
 // With a segment, workers are members, also of a program that knows nothing of generations: it has
 // one of them.
 void Agent::begin_job() {
+  const NodeIntroduction self = introduction();
+  const NodeWelcome alike{.workers = options_.workers,
+                          .restarts = restarts_,
+                          .master_addr = options_.master_addr,
+                          .run_id = options_.environment.contains("TORCHELASTIC_RUN_ID")
+                                        ? options_.environment.at("TORCHELASTIC_RUN_ID")
+                                        : fmt::format("lockstep-{}", ::getpid()),
+                          .master_port = options_.master_port};
   if (!segment_) {
+    welcome_ = alike;
     for (int rank = 0; rank < options_.workers; ++rank) start_worker(-1, rank);
+    for (const auto& [id, worker] : workers_) check_exec(worker.process);
     return;
   }
-  const MembersOptions members{
-      .policy = {.least = options_.least > 0 ? options_.least : options_.workers,
-                 .most = options_.workers,
-                 .standby = options_.standby,
-                 .max_restarts = options_.max_restarts,
-                 .restart_window = options_.restart_window},
-      .hang_timeout = options_.hang_timeout,
-      .start_timeout = options_.start_timeout};
-  members_.emplace(
-      members, segment_, [this](const nlohmann::json& event) { tell(event); }, Clock::now());
-  step_members();
-}
-
-// What the coordinator wants, until it wants nothing more.
-void Agent::step_members() {
-  for (Clock::time_point now = Clock::now(); !ending_ && !done_ && members_->due(now);) {
-    const NodeMembers::Steps steps = members_->decide(now);
-    for (auto& [id, worker] : workers_)
-      if (const int rank =
-              worker.running && id != kZygoteId ? members_->rank_of(worker.number) : -1;
-          rank >= 0)
-        worker.rank = worker.process.rank = rank;
-    for (const NodeMembers::Condemned& one : steps.kill) condemn(one);
-    for (const int seat : steps.start) {
-      const std::uint64_t number = members_->start(seat);
-      const int id = start_worker(seat, members_->rank_of(number));
-      workers_.at(id).number = number;
-      ids_[number] = id;
-      if (const int pid = workers_.at(id).process.pid(); pid != 0) members_->runs(number, pid, now);
-    }
-    if (steps.end && steps.end->ok) {
-      done_ = true;
-      signal_workers(SIGKILL);  // standbys
-    } else if (steps.end) {
-      fail(steps.end->reason);
-    }
+  if (self.rank > 0) return make_link();
+  CoordinatorOptions coordinator{.policy = {.standby = options_.standby,
+                                            .max_restarts = options_.max_restarts,
+                                            .restart_window = options_.restart_window},
+                                 .self = self,
+                                 .welcome = alike,
+                                 .server = options_.control};
+  if (options_.nodes) {
+    coordinator.least_nodes = options_.nodes->least;
+    coordinator.nodes = options_.nodes->most;
+    coordinator.policy.standby *= options_.nodes->most;
+    coordinator.policy.node_timeout = options_.nodes->timeout;
   }
+  coordinator_.emplace(
+      coordinator, [this](const nlohmann::json& event) { tell(event); }, Clock::now());
+  step_members();
 }
 
 void Agent::condemn(const NodeMembers::Condemned& one) {
@@ -156,7 +143,7 @@ void Agent::condemn(const NodeMembers::Condemned& one) {
 
 void Agent::loop() {
   std::array<epoll_event, 64> ready;
-  while (running_ > 0 || restarting_ || waits_for_replacements()) {
+  while (running_ > 0 || restarting_ || waits_for_replacements() || waits_for_nodes()) {
     wait();
     for (const UniqueFd* from : {&epoll_, &pipes_}) {
       const int count = ::epoll_wait(from->get(), ready.data(), int(ready.size()), 0);
@@ -181,7 +168,7 @@ void Agent::loop() {
 void Agent::settle() {
   if (deaths_.size() > settled_ && !ending_)
     for (int id = kZygoteId; id <= last_id_; ++id) take_exit(id);
-  if (unreplaced_ && !ending_) {
+  if (unreplaced_ && !ending_ && !link_) {
     const Death& cause = likeliest();
     if (options_.restart_all && !elastic_ && restarts_ < options_.max_restarts) {
       restarting_ = true;
@@ -191,14 +178,15 @@ void Agent::settle() {
       end(describe(cause.failure), false);
     } else {
       result_.failure = cause.failure;
-      end(fmt::format("rank {} (pid {}): {}", cause.failure.rank, cause.failure.pid,
-                      cause.failure.cause),
-          false);
+      WorkerFailure words = cause.failure;
+      words.last_words.clear();
+      end(describe(words), false);
     }
   }
   settled_ = deaths_.size();
   if (restarting_ && running_ == 0) start_again();
-  if (members_ && !ending_) step_members();
+  step_members();
+  if (unreplaced_ && !ending_ && !link_) return settle();  // another node's
   if (!ending_ && !done_ && !elastic_ && options_.standby > 0 && only_standbys()) {
     done_ = true;
     signal_workers(SIGKILL);
@@ -225,8 +213,14 @@ bool Agent::waits_for_replacements() const {
 }
 
 Deadline Agent::next_deadline() const {
-  if (!members_ || ending_ || done_) return kill_at_;
-  return members_->again().remaining() < kill_at_.remaining() ? members_->again() : kill_at_;
+  Deadline first = kill_at_;
+  const auto also = [&](const Deadline& other) {
+    if (other.remaining() < first.remaining()) first = other;
+  };
+  if (coordinator_ && (options_.nodes || goes_on())) also(coordinator_->again());
+  if (link_) also(link_->again());
+  also(leave_by_);
+  return first;
 }
 
 void Agent::take(Source source, int id) {
@@ -234,9 +228,8 @@ void Agent::take(Source source, int id) {
   if (source == Source::signal) return take_signal();
   if (source == Source::zygote) return zygote_ ? take_answers() : void();
   if (source == Source::timer) return take_tick();
-  if (source == Source::control)
-    return options_.control->handle(
-        [&](const ControlRequest& request) { return answer_command(*this, request); });
+  if (source == Source::control) return serve();
+  if (source == Source::link) return;  // settle() looks at it
   Worker& worker = workers_.at(id);
   worker.process.read_some(static_cast<Stream>(source), on_line(worker), on_event(worker));
 }
@@ -246,6 +239,7 @@ void Agent::take_tick() {
   if (::read(timer_.get(), &ticks, sizeof ticks) <= 0) return;
   if (options_.on_tick && !muted_) options_.on_tick();
   if (!members_ || !(elastic_ || options_.elastic) || ending_ || done_) return;
+  if (coordinator_) coordinator_->tell_recoveries(Clock::now());
   if (members_->began()) strike();
   for (const NodeMembers::Condemned& one : members_->look_for_hung(Clock::now())) condemn(one);
 }
@@ -273,6 +267,7 @@ void Agent::take_death(const Worker& worker, const Ending& ending) {
                       .pid = worker.process.pid(),
                       .cause = ending.cause,
                       .last_words = {words.begin(), words.end()},
+                      .place = {},
                       .note = {}},
                      ending.suspicion,
                      ending.for_good});
@@ -285,7 +280,7 @@ const Agent::Death& Agent::likeliest() const {
 
 // The coordinator sees no way to go on.
 void Agent::fail(const std::string& reason) {
-  WorkerFailure failure{.rank = -1, .pid = 0, .cause = reason, .last_words = {}, .note = {}};
+  WorkerFailure failure{.rank = -1, .cause = reason};
   if (!deaths_.empty()) {
     failure = likeliest().failure;
     if (options_.max_restarts > 0 && !likeliest().for_good) failure.note = reason;
@@ -296,7 +291,9 @@ void Agent::fail(const std::string& reason) {
 
 // All workers of a program that does not go on without one of them, as torchrun does.
 void Agent::start_again() {
-  if (!kill_children_except(children_before_))
+  std::vector<int> kept = children_before_;
+  if (zygote_) kept.push_back(workers_.at(kZygoteId).process.pid());
+  if (!kill_children_except(kept))
     throw Error("a process that a worker started could not be ended");
   ++restarts_;
   restarting_ = ending_ = unreplaced_ = false;
@@ -306,11 +303,12 @@ void Agent::start_again() {
   ids_.clear();
   segment_ = Segment::create({.seats = segment_->seats()});
   result_.segment = segment_;
+  members_.reset();
   begin_job();
 }
 
 JobStatus Agent::status() {
-  JobStatus status = members_ ? members_->status() : JobStatus{};
+  JobStatus status = coordinator_ ? coordinator_->status() : JobStatus{};
   if (ending_ || done_) status.reason = "the job is about to end";
   return status;
 }
@@ -319,15 +317,16 @@ void Agent::scale(int workers) {
   if (!elastic_ || ending_ || done_ || result_.stopped)
     throw Error(elastic_ ? "the job is about to end"
                          : "the job's program has not said that it can go on with others");
-  members_->scale(workers);
+  coordinator_->scale(workers);
 }
 
 // Preemption: the step under way is the last.
 void Agent::stop() {
   if (result_.stopped || ending_ || done_) return;
   result_.stopped = true;
-  if (!elastic_ || !members_->began()) return end("the job was ended by a request", false);
+  if (!elastic_ || !began()) return end("the job was ended by a request", false);
   request_stop(*segment_);
+  if (coordinator_) coordinator_->stop();
   kill_at_ = Deadline::after(options_.stop_grace);
 }
 
@@ -338,7 +337,10 @@ void Agent::take_signal() {
     const bool again = result_.signal != 0;
     if (!again) result_.signal = number;
     restarting_ = false;
-    if (number == SIGTERM && !again && elastic_ && members_->began() && !ending_)
+    const bool asks = number == SIGTERM && !again && elastic_ && began() && !ending_;
+    if (asks && link_ && options_.nodes->least == options_.nodes->most)
+      link_->stop();  // all stop; with fewer nodes they can go on without this one
+    else if (asks && !link_)
       stop();
     else
       end(fmt::format("the job was ended by {}", signal_name(number)), again);
@@ -356,6 +358,7 @@ void Agent::end(const std::string& reason, bool at_once) {
     kill_at_ = Deadline::after(options_.grace);
   }
   ending_ = true;
+  if (coordinator_ && !restarting_) coordinator_->end(false, reason);
   if (zygote_ && !restarting_) kill_group(workers_.at(kZygoteId), SIGKILL);  // no more workers
 }
 
@@ -366,6 +369,7 @@ bool Agent::only_standbys() const {
 }
 
 void Agent::tell(const nlohmann::json& event) {
+  if (link_ && (event["event"] == "worker" || event["event"] == "injected")) link_->tell(-1, event);
   if (options_.on_event && !muted_) options_.on_event(-1, event);
 }
 
@@ -375,7 +379,7 @@ void Agent::finish() {
     worker.process.drain(on_line(worker), on_event(worker));
     worker.process.finish_lines(on_line(worker));
   }
-  if (members_) members_->finish();
+  if (coordinator_) coordinator_->finish();
   if (!trace_.empty()) write_trace(*segment_, trace_);
   if (!gone) throw Error("a process that a worker started could not be ended");
   result_.ok = !ending_;
@@ -385,8 +389,8 @@ AgentResult run_agent(const AgentOptions& options) { return Agent(options).run()
 
 std::string describe(const WorkerFailure& failure) {
   std::string text = failure.rank < 0 ? failure.cause
-                                      : fmt::format("rank {} (pid {}): {}", failure.rank,
-                                                    failure.pid, failure.cause);
+                                      : fmt::format("rank {} (pid {}{}): {}", failure.rank,
+                                                    failure.pid, failure.place, failure.cause);
   for (const std::string& line : failure.last_words) text += "\n  " + line;
   if (!failure.note.empty()) text += "\nwhy it did not go on: " + failure.note;
   return text;

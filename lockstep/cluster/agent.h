@@ -5,6 +5,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
@@ -13,17 +14,28 @@
 #include <vector>
 
 #include "lockstep/base/deadline.h"
+#include "lockstep/cluster/control.h"
 #include "lockstep/cluster/environment.h"
 #include "lockstep/cluster/faults.h"
 
 namespace lockstep {
 
 class Console;
-class ControlServer;
 class Segment;
 
+// Where the job has several nodes.
+struct NodesOptions {
+  int rank = 0;             // this one's
+  int least = 1, most = 1;  // nodes
+  // A node that is silent for so long is lost; it has ended its workers by then.
+  Clock::duration timeout = std::chrono::milliseconds(1500);
+  // What must be the same on all, under the name that messages give it.
+  std::map<std::string, std::string> same = {};
+  std::optional<ControlTarget> coordinator = {};  // for all but node 0, whose `control` it is
+};
+
 struct AgentOptions {
-  int workers = 1;  // at most, and aimed at
+  int workers = 1;  // at most, and aimed at; on this node
   // Program and arguments, the same for every worker; found through PATH.
   std::vector<std::string> command;
   bool zygote = false;         // `command` is one (zygote.h), which forks the workers
@@ -47,6 +59,7 @@ struct AgentOptions {
   // Where they can't: a death ends all, and all are started again, max_restarts times in all.
   bool restart_all = false;
 
+  std::optional<NodesOptions> nodes = {};  // needs a segment
   ControlServer* control = nullptr;  // of lockstep scale, status, stop; the caller's, may be null
 
   // rank -1: the agent's own (event.h).
@@ -64,9 +77,10 @@ struct AgentOptions {
 struct WorkerFailure {
   int rank = -1;  // -1: no single worker's
   int pid = 0;
-  std::string cause;                    // "killed by signal 9 (SIGKILL)", "exited with code 3"
-  std::vector<std::string> last_words;  // the last lines of its standard error
-  std::string note;                     // why the job did not go on without it, if that was tried
+  std::string cause;                         // "killed by signal 9 (SIGKILL)", "exited with code 3"
+  std::vector<std::string> last_words = {};  // the last lines of its standard error
+  std::string place = {};                    // " on node 1"
+  std::string note = {};  // why the job did not go on without it, if that was tried
 };
 
 struct AgentResult {

@@ -10,6 +10,8 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/agent.h"
+#include "lockstep/cluster/coordinator_link.h"
+#include "lockstep/cluster/coordinator_service.h"
 #include "lockstep/cluster/guardian.h"
 #include "lockstep/cluster/job_commands.h"
 #include "lockstep/cluster/members.h"
@@ -30,7 +32,17 @@ class Agent : public ControlHandler {
  private:
   static constexpr int kZygoteId = 0;  // among the workers' ids
 
-  enum class Source : std::uint32_t { output, error, events, exit, signal, timer, zygote, control };
+  enum class Source : std::uint32_t {
+    output,
+    error,
+    events,
+    exit,
+    signal,
+    timer,
+    zygote,
+    control,
+    link
+  };
   struct Worker {
     WorkerProcess process;
     int rank = 0;              // expected, or as a member; -1: none
@@ -74,6 +86,7 @@ class Agent : public ControlHandler {
   void start();
   void start_timer();
   void begin_job();
+  void begin_life(const NodeWelcome& welcome);
   void loop();
   void wait();
   void take(Source source, int id);
@@ -84,6 +97,20 @@ class Agent : public ControlHandler {
   const Death& likeliest() const;
   void settle();
   void step_members();
+  void follow(const Assignment& assignment, Clock::time_point now);
+
+  // agent_nodes.cc: where there are several.
+  NodeIntroduction introduction() const;
+  void make_link();
+  void serve();
+  void step_link();
+  void take_from_node(int rank, const nlohmann::json& event);
+  void tell_death(const Death& death, int rank, bool replaced);
+  void end_this_life(const std::string& reason);
+  bool began() const { return members_ && members_->began(); }
+  bool waits_for_nodes();
+  bool goes_on() const { return !ending_ && !done_; }
+
   void condemn(const NodeMembers::Condemned& one);
   Deadline next_deadline() const;
   bool waits_for_replacements() const;
@@ -106,10 +133,14 @@ class Agent : public ControlHandler {
   int zygotes_lost_ = 0;                // since the last that started a worker
   std::vector<Death> deaths_;           // since the last recovery
   std::size_t settled_ = 0;             // of them
-  std::optional<NodeMembers> members_;  // where there is a segment
-  std::map<std::uint64_t, int> ids_;    // of members' numbers
-  bool elastic_ = false;                // a worker has said that it is
-  int restarts_ = 0;                    // of all workers, where they are not elastic
+  std::optional<NodeMembers> members_;  // where there is a segment, and all nodes have come
+  std::optional<CoordinatorService> coordinator_;  // on node 0
+  std::optional<CoordinatorLink> link_;            // on the others
+  NodeWelcome welcome_;
+  Deadline leave_by_ = Deadline::never();  // without having heard that the others know
+  std::map<std::uint64_t, int> ids_;       // of members' numbers
+  bool elastic_ = false;                   // a worker has said that it is
+  int restarts_ = 0;                       // of all workers, where they are not elastic
   bool restarting_ = false;
   bool unreplaced_ = false;  // somebody has died whom the coordinator is not asked about
   std::vector<KillTimer> kills_;

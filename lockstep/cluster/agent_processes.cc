@@ -32,15 +32,8 @@ Environment Agent::common_environment() const {
   Environment environment = process_environment();
   for (const auto& [name, value] : options_.environment) environment[name] = value;
   if (!trace_.empty()) environment["LOCKSTEP_TRACE"] = trace_;
-  environment["GROUP_RANK"] = "0";
-  environment["GROUP_WORLD_SIZE"] = "1";
-  environment["MASTER_ADDR"] = options_.master_addr;
-  environment["MASTER_PORT"] = std::to_string(options_.master_port);
-  environment["TORCHELASTIC_RESTART_COUNT"] = std::to_string(restarts_);
   environment["TORCHELASTIC_MAX_RESTARTS"] = std::to_string(options_.max_restarts);
   environment.emplace("ROLE_NAME", "default");
-  if (!options_.environment.contains("TORCHELASTIC_RUN_ID"))
-    environment["TORCHELASTIC_RUN_ID"] = fmt::format("lockstep-{}", ::getpid());
   if (options_.threads)
     environment["OMP_NUM_THREADS"] = std::to_string(*options_.threads);
   else if (options_.workers > 1)
@@ -57,11 +50,19 @@ Environment Agent::common_environment() const {
 Environment Agent::place_environment(int seat, int rank) const {
   Environment environment;
   // A standby's rank is not known yet; a program may want one.
-  const std::string size = std::to_string(options_.workers),
-                    number = std::to_string(rank >= 0 ? rank : seat % options_.workers);
-  for (const char* name : {"RANK", "LOCAL_RANK", "ROLE_RANK"}) environment[name] = number;
-  for (const char* name : {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"})
-    environment[name] = size;
+  const int local = seat % options_.workers;
+  const int number = rank >= 0 ? rank : welcome_.first_rank + local;
+  for (const char* name : {"RANK", "ROLE_RANK"}) environment[name] = std::to_string(number);
+  for (const char* name : {"WORLD_SIZE", "ROLE_WORLD_SIZE"})
+    environment[name] = std::to_string(welcome_.workers);
+  environment["LOCAL_RANK"] = std::to_string(options_.nodes ? local : number);
+  environment["LOCAL_WORLD_SIZE"] = std::to_string(options_.workers);
+  environment["GROUP_RANK"] = std::to_string(options_.nodes ? options_.nodes->rank : 0);
+  environment["GROUP_WORLD_SIZE"] = std::to_string(welcome_.nodes);
+  environment["MASTER_ADDR"] = welcome_.master_addr;
+  environment["MASTER_PORT"] = std::to_string(welcome_.master_port);
+  environment["TORCHELASTIC_RESTART_COUNT"] = std::to_string(welcome_.restarts);
+  environment["TORCHELASTIC_RUN_ID"] = welcome_.run_id;
   if (!segment_) return environment;
   environment["LOCKSTEP_LAUNCHER"] = "lockstep";
   environment["LOCKSTEP_GENERATION"] = "0";
@@ -89,8 +90,8 @@ int Agent::start_worker(int seat, int rank) {
                          .streams = std::move(streams.write)});
     ask_zygote();
   } else {
-    Environment environment = common_environment();
-    environment.merge(place_environment(seat, rank));
+    Environment environment = place_environment(seat, rank);
+    environment.merge(common_environment());
     runs(id, spawn(options_.command, std::move(environment), streams.write,
                    segment_ ? segment_->fd() : -1));
   }
@@ -202,6 +203,9 @@ void Agent::take_event(Worker& worker, const nlohmann::json& event) {
     if (name == "elastic") elastic_ = true;
     if (name == "recovered") deaths_.clear(), settled_ = 0;
     members_->says(worker.number, event, Clock::now());
+    if (coordinator_) coordinator_->says(worker.rank, event, Clock::now());
+    // What a snapshot names is in this node's memory.
+    if (link_ && name != "snapshot" && name != "join") link_->tell(worker.rank, event);
   }
   if (options_.on_event) options_.on_event(worker.rank, event);
 }
@@ -221,10 +225,13 @@ void Agent::take_exit(int id) {
   if (failed) take_death(worker, *ending);
   const bool replaced =
       options_.max_restarts > 0 || (options_.least > 0 && options_.least < options_.workers);
-  if (members_ && (elastic_ || (failed && options_.elastic && replaced && !ending->for_good)))
+  const bool member =
+      members_ && (elastic_ || (failed && options_.elastic && replaced && !ending->for_good));
+  if (member)
     members_->ended(worker.number, *ending, Clock::now());
   else if (failed)
     unreplaced_ = true;
+  if (failed && link_) tell_death(deaths_.back(), worker.rank, member);
 }
 
 void Agent::kill_group(const Worker& worker, int number) {

@@ -33,8 +33,17 @@ struct ControlServerOptions {
   int most_connections = 64;
 };
 
+// Who asked: for push(), and to know him again when his connection ends.
+struct ControlPeer {
+  std::string route;
+  int connection = -1;
+};
+
 class ControlServer {
  public:
+  using Answer =
+      std::function<nlohmann::json(const ControlRequest& request, const ControlPeer& peer)>;
+
   // Throws ConfigError: the address is none, not of this machine, taken, or not loopback and there
   // is no key. Throws Error: the system's.
   explicit ControlServer(const ControlServerOptions& options);
@@ -47,7 +56,12 @@ class ControlServer {
   int fd() const;  // readable: call handle(). For poll and level-triggered epoll
   // Answers all requests that have come; never waits. `answer` returns the result; a ConfigError
   // or other std::exception that it throws becomes the reply.
-  void handle(const std::function<nlohmann::json(const ControlRequest&)>& answer);
+  void handle(const Answer& answer);
+  // Another answer to a request that was answered: what has changed since. Lost where the
+  // connection has ended, or does not take it.
+  void push(const ControlPeer& peer, std::uint64_t request, const nlohmann::json& result);
+  // The connections that have ended since the last call.
+  std::vector<int> ended_connections();
 
  private:
   struct State;

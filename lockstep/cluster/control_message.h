@@ -11,7 +11,7 @@
 namespace lockstep {
 
 inline constexpr std::uint64_t kControlVersion = 1;
-inline constexpr std::size_t kMaxControlBytes = std::size_t{1} << 20;
+inline constexpr std::size_t kMaxControlBytes = std::size_t{4} << 20;
 inline constexpr int kMaxControlDepth = 16;
 
 // Delivered at least once: what an action does twice must be what it does once.

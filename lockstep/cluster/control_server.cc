@@ -78,13 +78,13 @@ std::string decoded(const std::string& key) {
   return bytes;
 }
 
-std::string reply_to(const std::string& text,
-                     const std::function<nlohmann::json(const ControlRequest&)>& answer) {
+std::string reply_to(const std::string& text, const ControlPeer& peer,
+                     const ControlServer::Answer& answer) {
   ControlReply reply;
   try {
     const ControlRequest request = parse_request(text);
     reply.id = request.id;
-    reply.result = answer(request);
+    reply.result = answer(request, peer);
   } catch (const std::exception& error) {
     reply.error = *error.what() != '\0' ? error.what() : "unknown error";
     reply.bad_input = dynamic_cast<const ConfigError*>(&error) != nullptr;
@@ -113,6 +113,7 @@ struct ControlServer::State {
   zmq::socket_t authentication;
   std::string bound;          // ZeroMQ's name of where it listens
   std::set<int> connections;  // their descriptors
+  std::vector<int> ended;     // and of those that nobody has been told of
 };
 
 ControlServer::State::State(const ControlServerOptions& options)
@@ -153,11 +154,12 @@ void ControlServer::State::limit_connections() {
   for (const auto& [kind, number] : channel.events()) {
     if (kind == ZMQ_EVENT_ACCEPTED)
       connections.insert(number);
-    else
-      connections.erase(number);
+    else if (connections.erase(number) > 0)
+      ended.push_back(number);
   }
   if (static_cast<int>(connections.size()) <= most_connections || !reserve()) return;
   channel.socket.unbind(bound);
+  ended.insert(ended.end(), connections.begin(), connections.end());
   connections.clear();
   listen();
 }
@@ -188,18 +190,28 @@ const ControlKey& ControlServer::key() const { return state_->key; }
 const std::string& ControlServer::endpoint() const { return state_->endpoint; }
 int ControlServer::fd() const { return state_->channel.fd(); }
 
-void ControlServer::handle(const std::function<nlohmann::json(const ControlRequest&)>& answer) {
+void ControlServer::handle(const Answer& answer) {
   try {
     state_->limit_connections();
     state_->admit();
     zmq::socket_t& socket = state_->channel.socket;
     while (readable(socket)) {
-      const std::vector<std::string> message = receive(socket);
-      if (message.size() == 2) send(socket, {message[0], reply_to(message[1], answer)});
+      int connection = -1;
+      const std::vector<std::string> message = receive(socket, &connection);
+      if (message.size() == 2)
+        send(socket, {message[0], reply_to(message[1], {message[0], connection}, answer)});
     }
   } catch (const zmq::error_t& error) {
     throw Error(fmt::format("control channel {}: {}", state_->endpoint, error.what()));
   }
 }
+
+void ControlServer::push(const ControlPeer& peer, std::uint64_t request,
+                         const nlohmann::json& result) {
+  const std::string text = encode(ControlReply{.id = request, .result = result, .error = {}});
+  if (text.size() <= kMaxControlBytes) send(state_->channel.socket, {peer.route, text});
+}
+
+std::vector<int> ControlServer::ended_connections() { return std::exchange(state_->ended, {}); }
 
 }  // namespace lockstep

@@ -29,11 +29,12 @@ bool readable(zmq::socket_t& socket) {
   }
 }
 
-std::vector<std::string> receive(zmq::socket_t& socket) {
+std::vector<std::string> receive(zmq::socket_t& socket, int* connection) {
   std::vector<std::string> parts;
   zmq::message_t part;
   do {
     if (!socket.recv(part, zmq::recv_flags::dontwait)) break;
+    if (connection != nullptr) *connection = ::zmq_msg_get(part.handle(), ZMQ_SRCFD);
     if (parts.size() < kMostParts) parts.push_back(part.to_string());
   } while (part.more());
   return parts;

@@ -17,8 +17,9 @@ inline constexpr std::size_t kMostParts = 8;
 // that is readable only until then, so that a reader goes on until this says no, and asks again
 // after every other call on the socket.
 bool readable(zmq::socket_t& socket);
-// A message's parts, the first kMostParts of them; none if there is none.
-std::vector<std::string> receive(zmq::socket_t& socket);
+// A message's parts, the first kMostParts of them; none if there is none. `connection`: the
+// descriptor that it came by.
+std::vector<std::string> receive(zmq::socket_t& socket, int* connection = nullptr);
 // The parts as one message, unless that would have to wait.
 bool send(zmq::socket_t& socket, const std::vector<std::string>& parts);
 

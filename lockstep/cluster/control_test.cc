@@ -63,7 +63,7 @@ class Server {
     pollfd watched[] = {{server_.fd(), POLLIN, 0}, {end_.get(), POLLIN, 0}};
     while (watched[1].revents == 0) {
       ::poll(watched, 2, -1);
-      server_.handle([this](const ControlRequest& request) -> json {
+      server_.handle([this](const ControlRequest& request, const ControlPeer&) -> json {
         ++answered_;
         if (request.action == "echo") return request.arguments;
         if (request.action == "fail") throw Error("it broke");

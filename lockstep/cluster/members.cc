@@ -5,36 +5,29 @@
 #include <algorithm>
 
 #include "lockstep/base/error.h"
+#include "lockstep/cluster/recoveries.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/generation_board.h"
 
 namespace lockstep {
-namespace {
 
-constexpr int kThisNode = 0;
-constexpr auto kRejoinPatience = std::chrono::seconds(10);
-
-double clock_of(Clock::time_point when) { return seconds(when.time_since_epoch()); }
-
-}  // namespace
-
-NodeMembers::NodeMembers(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit,
-                         Clock::time_point now)
+NodeMembers::NodeMembers(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit)
     : options_(options),
       segment_(std::move(segment)),
       emit_(std::move(emit)),
-      coordinator_(options.policy, now),
-      roster_(kThisNode, segment_->seats()),
+      roster_(options.welcome.node, segment_->seats(), options.welcome.lease,
+              options.self.workers + options.standby),
       hangs_(options.hang_timeout) {
-  set_world_bounds(*segment_, {.least = options.policy.least, .most = options.policy.most});
+  roster_.introduce(options.self.rank, options.self.host);
+  set_world_bounds(*segment_, {.least = options.welcome.least, .most = options.welcome.most});
 }
 
 // The first ones take the ranks in order, the others those that have become vacant.
 std::uint64_t NodeMembers::start(int seat) {
   const std::uint64_t worker = roster_.started(seat, 0);
   int rank = -1;
-  if (!began() && worker < static_cast<std::uint64_t>(options_.policy.most)) {
-    rank = static_cast<int>(worker);
+  if (!began() && worker < static_cast<std::uint64_t>(options_.self.workers)) {
+    rank = options_.welcome.first_rank + static_cast<int>(worker);
   } else if (!vacant_.empty()) {
     rank = vacant_.front();
     vacant_.erase(vacant_.begin());
@@ -56,23 +49,20 @@ void NodeMembers::says(std::uint64_t worker, const nlohmann::json& event, Clock:
   if (!workers_.contains(worker)) return;  // what a child of it goes on writing
   const std::string& name = event.at("event").get_ref<const std::string&>();
   if (name == "join") {
-    roster_.ready(worker);
+    roster_.ready(worker, event.value("address", ""));
     tell(worker, "ready", "", now);
   } else if (name == "comm_error") {
-    const std::uint64_t generation = event.at("generation");
-    roster_.comm_error(worker, generation, event.at("message"));
-    if (began() && generation == coordinator_.generation()->number &&
-        (failure_.rank < 0 || failure_.generation < generation))
-      failure_ = loss_of(worker, event.at("message"), now);
+    roster_.comm_error(worker, event.at("generation"), event.at("message"));
   } else if (name == "entered") {
     roster_.entered(event.at("generation"));
   } else if (name == "recovered") {
-    recovered(event);
+    step_ = event.at("step");
+    roster_.committed(*step_, event.at("generation"));
   } else if (name == "step") {
     step_ = event.at("step");
     roster_.committed(*step_, 0);
   } else if (name == "first_step") {
-    step_ = first_step_ = 1;
+    step_ = 1;
     roster_.committed(1, 0);
   } else {
     return;
@@ -82,10 +72,7 @@ void NodeMembers::says(std::uint64_t worker, const nlohmann::json& event, Clock:
 
 void NodeMembers::ended(std::uint64_t worker, const Ending& ending, Clock::time_point now) {
   const bool finished = ending.signal == 0 && ending.code == 0;
-  if (!finished && is_member(worker)) {
-    losses_.push_back(loss_of(worker, ending.cause, now));
-    vacant_.push_back(rank_of(worker));
-  }
+  if (!finished && is_member(worker)) vacant_.push_back(rank_of(worker));
   roster_.ended(worker, finished ? WorkerState::finished : WorkerState::failed, ending.cause,
                 ending.for_good);
   tell(worker, "ended", ending.cause, now);
@@ -93,14 +80,17 @@ void NodeMembers::ended(std::uint64_t worker, const Ending& ending, Clock::time_
   changed_ = true;
 }
 
-NodeMembers::Steps NodeMembers::decide(Clock::time_point now) {
+NodeReport NodeMembers::report(Clock::time_point now) {
   changed_ = false;
-  again_ = Deadline::never();
-  coordinator_.take(roster_.report(now), now);
-  const Decision decision = coordinator_.decide(now);
-  if (decision.again) again_ = Deadline::at(*decision.again);
-  const NodePlan plan = roster_.follow(coordinator_.assignment(kThisNode));
-  if (plan.publish) publish(*plan.publish, now);
+  return roster_.report(now);
+}
+
+NodeMembers::Steps NodeMembers::follow(const Assignment& assignment, Clock::time_point now) {
+  const NodePlan plan = roster_.follow(assignment);
+  if (plan.publish) {
+    generation_ = plan.publish;
+    publish(*generation_, now);
+  }
   if (plan.over > generations_over(*segment_)) {
     segment_->board().over.store(plan.over);
     segment_->wake_all();
@@ -114,78 +104,31 @@ NodeMembers::Steps NodeMembers::decide(Clock::time_point now) {
   return steps;
 }
 
-NodeMembers::Loss NodeMembers::loss_of(std::uint64_t worker, std::string cause,
-                                       Clock::time_point now) const {
-  const JobGeneration& generation = *coordinator_.generation();
-  return {.rank = rank_of(worker),
-          .cause = std::move(cause),
-          .clock = clock_of(now),
-          .generation = generation.number,
-          .members = generation.members.size(),
-          .recovery = nullptr};
-}
+bool NodeMembers::lease_is_over(Clock::time_point now) { return !roster_.expire(now).kill.empty(); }
 
 void NodeMembers::publish(const JobGeneration& generation, Clock::time_point now) {
   Generation board{.number = generation.number, .seats = {}, .reason = generation.reason};
-  nlohmann::json ranks = nlohmann::json::array();
-  for (const Member& member : generation.members) {
-    Worker& worker = workers_.at(member.incarnation);
-    worker.rank = static_cast<int>(board.seats.size());
-    ranks.push_back({{"rank", worker.rank}, {"seat", worker.seat}, {"pid", worker.pid}});
+  for (std::size_t rank = 0; rank < generation.members.size(); ++rank) {
+    const Member& member = generation.members[rank];
+    if (!is_here(member)) continue;
+    // One may have ended that the coordinator does not know of yet.
+    if (const auto found = workers_.find(member.incarnation); found != workers_.end())
+      found->second.rank = static_cast<int>(rank);
     board.seats.push_back(member.seat);
   }
   lockstep::publish(*segment_, board, generation.at_once());
-  first_step_ = std::nullopt;
-  // Nobody died, and yet all begin again.
-  if (generation.at_once() && failure_.rank >= 0 && failure_.generation + 1 == generation.number &&
-      std::ranges::none_of(losses_, [&](const Loss& loss) { return loss.recovery.is_null(); }))
-    losses_.push_back(failure_);
-  std::erase_if(vacant_, [&](int rank) { return rank < int(board.seats.size()); });
-  emit_({{"event", "generation"},
-         {"generation", generation.number},
-         {"ranks", std::move(ranks)},
-         {"reason", generation.reason},
-         {"clock", clock_of(now)}});
-  for (const Member& member : generation.members) tell(member.incarnation, "member", "", now);
-}
-
-void NodeMembers::recovered(const nlohmann::json& event) {
-  const std::uint64_t generation = event.at("generation");
-  const double clock = event.at("clock");
-  roster_.committed(event.at("step"), generation);
-  step_ = event.at("step");
-  if (coordinator_.generation() && coordinator_.generation()->number == generation)
-    first_step_ = step_;
-  const std::size_t members =
-      coordinator_.generation() ? coordinator_.generation()->members.size() : 0;
-  for (Loss& loss : losses_) {
-    if (generation <= loss.generation) continue;
-    if (loss.recovery.is_null())
-      loss.recovery = {{"event", "recovery"},          {"rank", loss.rank},
-                       {"cause", loss.cause},          {"seconds", clock - loss.clock},
-                       {"step", event.at("step")},     {"steps_redone", event.at("steps_redone")},
-                       {"source", event.at("source")}, {"generation", generation},
-                       {"rejoined_seconds", nullptr}};
-    if (members >= loss.members && coordinator_.generation()->number == generation)
-      loss.recovery["rejoined_seconds"] = clock - loss.clock;
-  }
-  tell_recoveries(Clock::time_point::min());
-}
-
-void NodeMembers::tell_recoveries(Clock::time_point now) {
-  const auto told = [&](Loss& loss) {
-    if (loss.recovery.is_null()) return false;
-    const bool late =
-        now == Clock::time_point::max() || clock_of(now) > loss.clock + seconds(kRejoinPatience);
-    if (loss.recovery["rejoined_seconds"].is_null() && !late) return false;
-    emit_(loss.recovery);
-    return true;
-  };
-  std::erase_if(losses_, told);
+  if (options_.self.rank > 0)  // node 0 tells of it to whoever keeps account
+    emit_({{"event", "generation"},
+           {"generation", generation.number},
+           {"reason", generation.reason},
+           {"clock", clock_of(now)}});
+  std::erase_if(vacant_, [&](int rank) { return rank < int(generation.members.size()); });
+  for (const Member& member : generation.members)
+    if (is_here(member) && workers_.contains(member.incarnation))
+      tell(member.incarnation, "member", "", now);
 }
 
 std::vector<NodeMembers::Condemned> NodeMembers::look_for_hung(Clock::time_point now) {
-  tell_recoveries(now);
   std::vector<Condemned> condemned;
   if (options_.start_timeout > Clock::duration::zero())
     for (const auto& [id, worker] : workers_)
@@ -195,8 +138,7 @@ std::vector<NodeMembers::Condemned> NodeMembers::look_for_hung(Clock::time_point
             {id, fmt::format("hung: not ready after {:g} s", seconds(options_.start_timeout))});
   std::vector<HangWatch::Member> members;
   // Between two generations all wait for the next, however long a replacement takes.
-  const GenerationPtr generation = coordinator_.generation();
-  const bool between = generation && generations_over(*segment_) > generation->number;
+  const bool between = generation_ && generations_over(*segment_) > generation_->number;
   if (options_.hang_timeout > Clock::duration::zero() && !between)
     for (const auto& [id, worker] : workers_)
       if (may_work(id) && lives(roster_.find(id)->state))
@@ -213,42 +155,26 @@ std::vector<NodeMembers::Condemned> NodeMembers::look_for_hung(Clock::time_point
   return condemned;
 }
 
-JobStatus NodeMembers::status() const {
-  JobStatus status{.wanted = coordinator_.aimed(),
-                   .least = options_.policy.least,
-                   .most = options_.policy.most,
-                   .first_step = first_step_,
-                   .step = step_};
-  if (const GenerationPtr generation = coordinator_.generation()) {
-    status.workers = static_cast<int>(generation->members.size());
-    status.generation = generation->number;
-    status.reason = generation->reason;
-  }
-  return status;
-}
-
 int NodeMembers::rank_of(std::uint64_t worker) const {
   const auto found = workers_.find(worker);
   return found == workers_.end() ? -1 : found->second.rank;
 }
 
 bool NodeMembers::may_work(std::uint64_t worker) const {
-  const GenerationPtr generation = coordinator_.generation();
   return is_member(worker) ||
-         (generation && std::ranges::any_of(generation->leaving,
-                                            [&](auto& one) { return one.incarnation == worker; }));
+         (generation_ && std::ranges::any_of(generation_->leaving, [&](const Member& one) {
+            return is_here(one) && one.incarnation == worker;
+          }));
 }
 
 void NodeMembers::tell(std::uint64_t worker, const char* state, const std::string& cause,
                        Clock::time_point now) {
   const Worker& one = workers_.at(worker);
-  emit_({{"event", "worker"},
-         {"seat", one.seat},
-         {"rank", one.rank},
-         {"pid", one.pid},
-         {"state", state},
-         {"cause", cause},
-         {"clock", clock_of(now)}});
+  nlohmann::json event{{"event", "worker"},     {"seat", one.seat}, {"rank", one.rank},
+                       {"pid", one.pid},        {"state", state},   {"cause", cause},
+                       {"clock", clock_of(now)}};
+  if (options_.welcome.nodes > 1) event["node"] = options_.self.rank;
+  emit_(event);
 }
 
 }  // namespace lockstep

@@ -1,7 +1,6 @@
-// The job's workers on this node as members: what happens to them is noted here, the coordinator is
-// asked, and what it answers is published in the segment. Also finds who hangs, and keeps account
-// of recoveries. What is to be done with processes, the agent does. One thread; time is an
-// argument.
+// The job's workers on this node as members: what happens to them is noted here and reported, and
+// what the coordinator assigns is published in the segment. Also finds who hangs. What is to be
+// done with processes, the agent does. One thread; time is an argument.
 #pragma once
 
 #include <functional>
@@ -13,7 +12,7 @@
 #include <vector>
 
 #include "lockstep/cluster/hang.h"
-#include "lockstep/cluster/job_commands.h"
+#include "lockstep/cluster/job_nodes.h"
 #include "lockstep/cluster/membership.h"
 #include "lockstep/cluster/reconcile.h"
 #include "lockstep/cluster/worker_process.h"
@@ -22,7 +21,9 @@
 namespace lockstep {
 
 struct MembersOptions {
-  Policy policy;
+  NodeWelcome welcome;  // this node's place in the job
+  NodeIntroduction self;
+  int standby = 0;                  // workers more than `self.workers`
   Clock::duration hang_timeout{};   // zero: who hangs is not looked for
   Clock::duration start_timeout{};  // from the start to join; zero: as long as it takes
 };
@@ -30,9 +31,9 @@ struct MembersOptions {
 class NodeMembers {
  public:
   using Emit = std::function<void(const nlohmann::json& event)>;
-  // Its own events, "generation", "worker" and "recovery" (event.h), go to `emit`.
-  NodeMembers(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit,
-              Clock::time_point now);
+  // Its own events, "worker" (event.h), and but for node 0 "generation" without ranks, go to
+  // `emit`.
+  NodeMembers(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit);
 
   // --- What happens to a worker, named by its incarnation ---
   std::uint64_t start(int seat);  // is going to be started
@@ -50,21 +51,16 @@ class NodeMembers {
     std::vector<int> start;  // a worker at each of these seats
     std::optional<JobEnd> end;
   };
-  bool due(Clock::time_point now) const { return changed_ || again_.expired(now); }
-  Deadline again() const { return again_; }
-  // Asks the coordinator, and publishes what it decides. again() and due() say when.
-  Steps decide(Clock::time_point now);
+  bool changed() const { return changed_; }  // there is something to report
+  NodeReport report(Clock::time_point now);
+  // Publishes what the coordinator decided.
+  Steps follow(const Assignment& assignment, Clock::time_point now);
+  // Where the coordinator has not been heard for too long, all workers are to be killed.
+  bool lease_is_over(Clock::time_point now);
   // Who hangs is to be killed. About ten times a second.
   std::vector<Condemned> look_for_hung(Clock::time_point now);
 
-  void scale(int workers) {  // throws ConfigError
-    coordinator_.scale(workers);
-    changed_ = true;
-  }
-  // At the job's end: what has not been told yet.
-  void finish() { tell_recoveries(Clock::time_point::max()); }
-  JobStatus status() const;
-  bool began() const { return coordinator_.generation() != nullptr; }
+  bool began() const { return generation_ != nullptr; }
   // In the newest generation, else in its last one, else the one that it is started for; standbys
   // and the like have none: -1.
   int rank_of(std::uint64_t worker) const;
@@ -75,40 +71,24 @@ class NodeMembers {
     int seat = 0, rank = -1, pid = 0;
     Clock::time_point started = Clock::time_point::max();
   };
-  // A member that died; its "recovery" is told when it is replaced, or nobody seems to come.
-  struct Loss {
-    int rank = -1;
-    std::string cause;
-    double clock = 0;
-    std::uint64_t generation = 0;  // that lost it
-    std::size_t members = 0;       // of that
-    nlohmann::json recovery;       // null: nothing committed since
-  };
 
-  // Of a member, as of now.
-  Loss loss_of(std::uint64_t worker, std::string cause, Clock::time_point now) const;
+  bool is_here(const Member& member) const { return member.node == options_.welcome.node; }
   // Also who is told to leave: until it has left, the others may be waiting for it.
   bool may_work(std::uint64_t worker) const;
   void publish(const JobGeneration& generation, Clock::time_point now);
-  void recovered(const nlohmann::json& event);
-  void tell_recoveries(Clock::time_point now);
   void tell(std::uint64_t worker, const char* state, const std::string& cause,
             Clock::time_point now);
 
   MembersOptions options_;
   std::shared_ptr<Segment> segment_;
   Emit emit_;
-  Coordinator coordinator_;
   Roster roster_;
   HangWatch hangs_;
+  GenerationPtr generation_;                 // the newest that is published here
   std::map<std::uint64_t, Worker> workers_;  // those that run
   std::vector<int> vacant_;                  // ranks of members that have died
-  std::vector<Loss> losses_;                 // not yet replaced
-  Loss failure_;                             // the group's: what was reported first
   std::optional<std::uint64_t> step_;        // the newest committed one
-  std::optional<std::uint64_t> first_step_;  // of the newest generation
   bool changed_ = true;
-  Deadline again_ = Deadline::never();
 };
 
 }  // namespace lockstep

@@ -12,27 +12,36 @@ using namespace std::chrono_literals;
 
 struct Job {
   explicit Job(const Policy& policy)
-      : members(
-            {.policy = policy, .hang_timeout = 1s}, segment, [](const nlohmann::json&) {}, now) {
-    for (const int seat : members.decide(now).start) {
+      : coordinator(policy, now),
+        members({.welcome = {.least = policy.least, .most = policy.most},
+                 .self = {.workers = policy.most},
+                 .hang_timeout = 1s},
+                segment, [](const nlohmann::json&) {}) {
+    for (const int seat : decide().start) {
       workers.push_back(members.start(seat));
       members.runs(workers.back(), 1 << 30, now);  // no process that there can be
       members.says(workers.back(), {{"event", "join"}}, now);
     }
-    members.decide(now);
+    decide();
     members.says(workers[0], {{"event", "first_step"}}, now);
+  }
+  NodeMembers::Steps decide() {
+    coordinator.take(members.report(now), now);
+    coordinator.decide(now);
+    return members.follow(coordinator.assignment(0), now);
   }
   std::vector<std::uint64_t> hung_within(Clock::duration time) {
     std::vector<std::uint64_t> hung;
     for (const auto end = now + time; now < end; now += 100ms) {
       for (const auto& one : members.look_for_hung(now)) hung.push_back(one.worker);
-      members.decide(now);
+      decide();
     }
     return hung;
   }
 
   Clock::time_point now{1000s};
   std::shared_ptr<Segment> segment = Segment::create({.seats = 4, .arena_bytes = 1 << 20});
+  Coordinator coordinator;
   NodeMembers members;
   std::vector<std::uint64_t> workers;
 };
@@ -40,8 +49,8 @@ struct Job {
 // Who is told to leave hangs before it could: it is to be killed, and not those who wait for it.
 TEST(NodeMembers, WhoIsToLeaveAndHangsIsFound) {
   Job job({.least = 1, .most = 2});
-  job.members.scale(1);
-  job.members.decide(job.now);
+  job.coordinator.scale(1);
+  job.decide();
   ASSERT_FALSE(job.members.is_member(job.workers[1]));
   job.segment->control(0).calls[0].words[0] = 5;  // waits there for who is at 4
   job.segment->control(1).calls[0].words[0] = 4;
@@ -55,7 +64,7 @@ TEST(NodeMembers, WhoWaitsForAReplacementDoesNotHang) {
   job.segment->control(1).calls[0].words[0] = 4;
   EXPECT_THAT(job.hung_within(3s), testing::ElementsAre(job.workers[1]));
   job.members.ended(job.workers[1], {.signal = 9, .cause = "killed"}, job.now);
-  EXPECT_THAT(job.members.decide(job.now).start, testing::ElementsAre(2));
+  EXPECT_THAT(job.decide().start, testing::ElementsAre(2));
   EXPECT_THAT(job.hung_within(3s), testing::IsEmpty());
 }
 

@@ -145,7 +145,7 @@ Decision Coordinator::Machine::decide(Clock::time_point now) {
   Tally tally = count();
   if (!end_ && generation_ && tally.finished > 0 &&
       tally.finished + tally.gone == generation_->members.size())
-    end(true, "all workers finished");
+    finish(true, "all workers finished");
   if (!end_) {
     order_starts(tally, now);
     if (!generation_)
@@ -188,9 +188,9 @@ bool Coordinator::Machine::wait_for_more(const Tally& tally, std::size_t floor,
       fmt::format("{} left and at least {} needed", count_of(have, "worker"), floor);
   const std::string cause = lost_.empty() ? state : all_of(lost_) + ": " + state;
   if (losses_ > 0 && (!hopeless_.empty() || restarts_left(now) == 0)) {
-    end(false, fmt::format("{}, but {}", cause,
-                           hopeless_.empty() ? "no restart is left: " + restarts_in_words()
-                                             : "to start another is pointless: " + hopeless_));
+    finish(false, fmt::format("{}, but {}", cause,
+                              hopeless_.empty() ? "no restart is left: " + restarts_in_words()
+                                                : "to start another is pointless: " + hopeless_));
     starts_.clear();
     return true;
   }
@@ -199,8 +199,8 @@ bool Coordinator::Machine::wait_for_more(const Tally& tally, std::size_t floor,
     if (!nodes_.empty()) tell(state + ", but no node has room for another: waiting");
   }
   if (now >= *nobody_since_ + policy_.wait_patience)
-    end(false, fmt::format("{}, and for {} no node had room for another", cause,
-                           in_seconds(policy_.wait_patience)));
+    finish(false, fmt::format("{}, and for {} no node had room for another", cause,
+                              in_seconds(policy_.wait_patience)));
   else
     wake(*nobody_since_ + policy_.wait_patience);
   return true;
@@ -247,11 +247,11 @@ void Coordinator::Machine::begin_again(Tally& tally, Clock::time_point now) {
   const std::string cause = name(tally.failed_node, *tally.failed_group) +
                             " reported: " + tally.failed_group->report.message;
   if (group_failed_at_ == committed_) {
-    end(false,
-        fmt::format("{}; for the second time after step {}, and nobody died", cause, committed_));
+    finish(false, fmt::format("{}; for the second time after step {}, and nobody died", cause,
+                              committed_));
   } else if (restarts_left(now) == 0) {
-    end(false,
-        fmt::format("{}; nobody died, and no restart is left: {}", cause, restarts_in_words()));
+    finish(false,
+           fmt::format("{}; nobody died, and no restart is left: {}", cause, restarts_in_words()));
   } else {
     restarts_.push_back(now);
     group_failed_at_ = committed_;
@@ -318,6 +318,13 @@ void Coordinator::Machine::publish(std::vector<Member> members, std::vector<Memb
                      .leaving = std::move(leaving),
                      .over = 0,
                      .reason = std::move(reason)};
+  // The ranks of a node follow one another, whoever came first.
+  std::ranges::stable_sort(next.members, {}, &Member::node);
+  for (Member& member : next.members)
+    if (const Worker* const worker = find(member)) {
+      member.pid = worker->report.pid;
+      member.address = worker->report.address;
+    }
   numbers_left_out_ = 0;
   if (at_once) over_ = next.number;
   next.over = over_;
@@ -359,6 +366,10 @@ void Coordinator::take(const NodeReport& report, Clock::time_point now) {
   machine_->take(report, now);
 }
 void Coordinator::scale(int workers) { machine_->scale(workers); }
+void Coordinator::disconnected(int node, Clock::time_point now) {
+  machine_->disconnected(node, now);
+}
+void Coordinator::end(bool ok, const std::string& reason) { machine_->end(ok, reason); }
 Decision Coordinator::decide(Clock::time_point now) { return machine_->decide(now); }
 Assignment Coordinator::assignment(int node) const { return machine_->assignment(node); }
 int Coordinator::aimed() const { return machine_->aimed(); }

@@ -41,16 +41,21 @@ struct WorkerReport {
   std::optional<std::uint64_t> comm_error = {};
   std::string message = {};
   std::optional<std::uint64_t> listed = {};  // the newest generation that it is a member of
+  std::string address = {};                  // for members of other nodes; of no meaning here
 };
 
 struct Member {
   int node = 0;
   int seat = 0;
   std::uint64_t incarnation = 0;
-  bool operator==(const Member&) const = default;
+  int pid = 0;
+  std::string address = {};
+  bool operator==(const Member& other) const {
+    return node == other.node && incarnation == other.incarnation;
+  }
 };
 
-// One agreed list of members: rank r is members[r].
+// One agreed list of members: rank r is members[r]. Sorted by node.
 struct JobGeneration {
   std::uint64_t number = 0;
   std::vector<Member> members;
@@ -65,6 +70,8 @@ using GenerationPtr = std::shared_ptr<const JobGeneration>;  // it has up to 10,
 
 struct NodeReport {
   int node = 0;               // an agent's life: never used again
+  int rank = -1;              // the node's number for people; -1: `node`
+  std::string host = {};      // its name for people
   std::uint64_t version = 0;  // grows
   int room = 0;               // how many workers more it could start now
   std::uint64_t started = 0;  // how many it has started ever: the next incarnation
@@ -87,7 +94,8 @@ struct Assignment {
   GenerationPtr generation;        // to be published; null: none yet
   std::uint64_t over = 0;          // generations below this number are over now
   std::uint64_t start = 0;  // start workers until NodeReport::started is this (less: nothing to do)
-  std::vector<std::uint64_t> kill;  // incarnations that nobody needs
+  std::vector<std::uint64_t> kill;             // incarnations that nobody needs
+  std::optional<std::uint64_t> taken_up = {};  // the newest generation that committed a step
   std::optional<JobEnd> end;
 };
 
@@ -96,6 +104,16 @@ struct Decision {
   std::vector<std::string> reasons;  // one line each, in order
   GenerationPtr published;           // null: none
   std::optional<JobEnd> end;
+  struct Loss {
+    int rank;
+    std::string cause;
+  };
+  std::vector<Loss> lost;  // members
+  struct LostNode {
+    int node;
+    std::string cause;
+  };
+  std::vector<LostNode> lost_nodes;
   std::optional<Clock::time_point> again;  // decide again at this time, though nothing happened
 };
 
@@ -127,6 +145,9 @@ class Coordinator {
 
   void take(const NodeReport& report, Clock::time_point now);  // old ones are ignored
   void scale(int workers);  // throws ConfigError if outside least..most
+  // The connection of a node's agent has ended: it is lost unless it comes back at once.
+  void disconnected(int node, Clock::time_point now);
+  void end(bool ok, const std::string& reason);  // for reasons that are the agents'
   // After reports, scale(), or when Decision::again says so.
   Decision decide(Clock::time_point now);
   Assignment assignment(int node) const;

@@ -24,10 +24,14 @@ class Coordinator::Machine {
 
   void take(const NodeReport& report, Clock::time_point now);
   void scale(int workers);
+  void disconnected(int node, Clock::time_point now);
   Decision decide(Clock::time_point now);
   Assignment assignment(int node) const;
   int aimed() const { return aimed_; }
   GenerationPtr generation() const { return generation_; }
+  void end(bool ok, const std::string& reason) {
+    if (!end_) end_ = {ok, reason};
+  }
 
  private:
   struct Worker {
@@ -52,6 +56,7 @@ class Coordinator::Machine {
   struct Node {
     NodeReport report;  // its workers: below
     Clock::time_point heard;
+    std::optional<Clock::time_point> closed;  // its agent's connection
     bool lost = false;
     std::uint64_t start = 0;
     std::map<std::uint64_t, Worker> workers;  // by incarnation
@@ -105,14 +110,15 @@ class Coordinator::Machine {
   std::size_t restarts_left(Clock::time_point now);
   std::string restarts_in_words() const;
   std::string name(int node, const Worker& worker) const;
+  std::string name(int node) const;  // "node 1"
   void tell(std::string reason) { decision_.reasons.push_back(std::move(reason)); }
   void wake(Clock::time_point when) {
     decision_.again = decision_.again ? std::min(*decision_.again, when) : when;
   }
-  void end(bool ok, std::string reason) {
+  void finish(bool ok, const std::string& reason) {
     if (end_) return;
-    end_ = {ok, reason};
-    tell(std::move(reason));
+    end(ok, reason);
+    tell(reason);
   }
 
   Policy policy_;

@@ -11,6 +11,8 @@ namespace lockstep {
 // A coordinator that follows another does not know which numbers that one gave to nodes that are
 // silent now: it leaves room for them.
 constexpr std::uint64_t kNumbersLeftOut = 100;
+// From the end of a connection; who lives makes another by then.
+constexpr auto kReconnectPatience = std::chrono::milliseconds(300);
 
 std::string count_of(std::size_t number, std::string_view what) {
   return fmt::format("{} {}{}", number, what, number == 1 ? "" : "s");
@@ -48,9 +50,16 @@ void Coordinator::Machine::take(const NodeReport& report, Clock::time_point now)
   node.report = report;
   node.report.workers.clear();
   node.report.generation = nullptr;
+  // Who comes with a node is no restart.
+  if (is_new) losses_ -= std::min<std::size_t>(losses_, std::max(0, report.room));
   node.start = std::max(node.start, report.started);
   node.heard = now;
+  node.closed = std::nullopt;
   node.lost = false;
+}
+
+void Coordinator::Machine::disconnected(int node, Clock::time_point now) {
+  if (const auto found = nodes_.find(node); found != nodes_.end()) found->second.closed = now;
 }
 
 // A worker never lives again: a node that was given up may send an old report.
@@ -86,17 +95,24 @@ void Coordinator::Machine::lose_silent_nodes(Clock::time_point now) {
   if (policy_.node_timeout == Clock::duration::max()) return;
   for (auto& [id, node] : nodes_) {
     if (node.lost) continue;
-    if (now < node.heard + policy_.node_timeout) {
-      wake(node.heard + policy_.node_timeout);
+    const Clock::time_point silent_until = node.heard + policy_.node_timeout;
+    const bool gone = node.closed && *node.closed + kReconnectPatience < silent_until;
+    if (const auto until = gone ? *node.closed + kReconnectPatience : silent_until; now < until) {
+      wake(until);
       continue;
     }
+    const std::string who =
+        name(id) + (node.report.host.empty() ? "" : fmt::format(" ({})", node.report.host));
+    const std::string cause =
+        gone ? fmt::format("lost: the connection to {} has ended", who)
+             : fmt::format("lost: {} is silent for {}", who, in_seconds(policy_.node_timeout));
+    decision_.lost_nodes.push_back({id, cause});
     node.lost = true;
     node.start = node.report.started;
     for (auto& [incarnation, worker] : node.workers) {
       if (ended(worker.report.state)) continue;
       worker.report.state = WorkerState::failed;
-      worker.report.cause =
-          fmt::format("lost: node {} is silent for {}", id, in_seconds(policy_.node_timeout));
+      worker.report.cause = cause;
     }
   }
 }
@@ -120,12 +136,13 @@ void Coordinator::Machine::account(int id, Worker& worker) {
   if (member || worker.leaving) {
     lost_.push_back(words);
     news_ = true;
+    if (member) decision_.lost.push_back({worker.rank, worker.report.cause});
   } else {
     asides_.push_back(words);
   }
   if (!worker.report.failed_for_good) return;
   if (member || !generation_)
-    end(false, words);
+    finish(false, words);
   else if (!worker.was_member)
     hopeless_ = words;
 }
@@ -181,6 +198,7 @@ Assignment Coordinator::Machine::assignment(int id) const {
                     .over = listening_ ? 0 : over_,
                     .start = node.start,
                     .kill = {},
+                    .taken_up = taken_up_,
                     .end = end_};
   for (const auto& [incarnation, worker] : node.workers)
     if (worker.unneeded && lives(worker.report.state)) answer.kill.push_back(incarnation);
@@ -205,8 +223,14 @@ Coordinator::Machine::Worker* Coordinator::Machine::find(const Member& member) {
   return worker == node->second.workers.end() ? nullptr : &worker->second;
 }
 
+std::string Coordinator::Machine::name(int node) const {
+  const auto found = nodes_.find(node);
+  const int rank = found == nodes_.end() ? -1 : found->second.report.rank;
+  return fmt::format("node {}", rank >= 0 ? rank : node);
+}
+
 std::string Coordinator::Machine::name(int node, const Worker& worker) const {
-  const std::string place = nodes_.size() > 1 ? fmt::format(" on node {}", node) : "";
+  const std::string place = nodes_.size() > 1 ? " on " + name(node) : "";
   const std::string who = worker.rank >= 0        ? fmt::format("rank {}", worker.rank)
                           : worker.last_rank >= 0 ? fmt::format("former rank {}", worker.last_rank)
                           : worker.was_ready      ? "a waiting worker"

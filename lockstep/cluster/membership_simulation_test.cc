@@ -8,8 +8,10 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 
 #include "lockstep/cluster/membership_simulation_models.h"
+#include "lockstep/cluster/membership_wire.h"
 
 namespace lockstep::simulation {
 
@@ -154,11 +156,21 @@ void Simulation::send(int id, std::function<void()> what) {
   }
 }
 
+namespace {
+
+// As it arrives at another node.
+template <typename Message, typename Read>
+Message carried(const Message& message, Read read) {
+  return read(nlohmann::json::parse(to_json(message).dump()));
+}
+
+}  // namespace
+
 void Simulation::report(int id) {
   Node& node = nodes_.at(id);
   if (!node.alive) return;
   node.report_at = now_ + 15ms;
-  send(id, [this, id, report = node.roster.report(now_)] {
+  send(id, [this, id, report = carried(node.roster.report(now_), node_report_from)] {
     if (!coordinator_) return;
     coordinator_->take(report, now_);
     decide();
@@ -167,7 +179,7 @@ void Simulation::report(int id) {
 }
 
 void Simulation::answer(int id) {
-  send(id, [this, id, assignment = coordinator_->assignment(id)] {
+  send(id, [this, id, assignment = carried(coordinator_->assignment(id), assignment_from)] {
     Node& node = nodes_.at(id);
     if (node.alive) execute(id, node.roster.follow(assignment));
   });

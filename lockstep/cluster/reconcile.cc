@@ -8,8 +8,14 @@
 
 namespace lockstep {
 
-Roster::Roster(int node, int seats, Clock::duration lease) : seats_(seats), lease_(lease) {
+Roster::Roster(int node, int seats, Clock::duration lease, int most)
+    : seats_(seats), most_(most), lease_(lease) {
   report_.node = node;
+}
+
+void Roster::introduce(int rank, std::string host) {
+  report_.rank = rank;
+  report_.host = std::move(host);
 }
 
 std::uint64_t Roster::started(int seat, int pid) {
@@ -24,10 +30,11 @@ void Roster::runs(std::uint64_t incarnation, int pid) {
   if (WorkerReport* const worker = known(incarnation)) worker->pid = pid;
 }
 
-void Roster::ready(std::uint64_t incarnation) {
+void Roster::ready(std::uint64_t incarnation, std::string address) {
   WorkerReport* const worker = known(incarnation);
-  if (worker != nullptr && worker->state == WorkerState::starting)
-    worker->state = WorkerState::ready;
+  if (worker == nullptr || worker->state != WorkerState::starting) return;
+  worker->state = WorkerState::ready;
+  worker->address = std::move(address);
 }
 
 void Roster::killing(std::uint64_t incarnation, std::string cause) {
@@ -62,7 +69,10 @@ void Roster::entered(std::uint64_t generation) { entered_ = std::max(entered_, g
 
 NodeReport Roster::report(Clock::time_point now) {
   ++report_.version;
-  report_.room = seats_ - static_cast<int>(report_.workers.size());
+  const auto living =
+      std::ranges::count_if(report_.workers, [](auto& worker) { return lives(worker.state); });
+  report_.room = std::max(0, std::min(seats_ - static_cast<int>(report_.workers.size()),
+                                      most_ - static_cast<int>(living)));
   for (const WorkerReport& worker : report_.workers)
     if (lockstep::ended(worker.state)) told_.try_emplace(worker.incarnation, report_.version);
   if (lease_ != Clock::duration::max()) sent_.emplace_back(report_.version, now);
@@ -79,6 +89,9 @@ NodePlan Roster::follow(const Assignment& assignment) {
   for (; !sent_.empty() && sent_.front().first <= acknowledged_; sent_.pop_front())
     lease_from_ = sent_.front().second;
   plan.end = assignment.end;
+  // Told by rank 0, which may be another node's.
+  if (assignment.taken_up)
+    report_.taken_up = std::max(report_.taken_up.value_or(0), *assignment.taken_up);
   plan.over = over_ = std::max(over_, assignment.over);
   const GenerationPtr& next = assignment.generation;
   if (next && (!report_.generation || next->number > report_.generation->number)) {

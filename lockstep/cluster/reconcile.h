@@ -4,6 +4,7 @@
 // Who owns what: values. Threads: one at a time. No clock, no I/O.
 #pragma once
 
+#include <climits>
 #include <deque>
 #include <map>
 #include <utility>
@@ -28,12 +29,14 @@ class Roster {
  public:
   // lease: without an answer for so long the node ends its workers; below Policy::node_timeout by
   // the time that this may take. max(): never, as where the coordinator is in the same process.
-  Roster(int node, int seats, Clock::duration lease = Clock::duration::max());
+  // most: living workers, whatever seats there are.
+  Roster(int node, int seats, Clock::duration lease = Clock::duration::max(), int most = INT_MAX);
+  void introduce(int rank, std::string host);  // as what the report names the node
 
   // --- What happens. Of a worker whose seat was given to another: ignored ---
   std::uint64_t started(int seat, int pid);       // its incarnation
   void runs(std::uint64_t incarnation, int pid);  // where it was not known yet
-  void ready(std::uint64_t incarnation);
+  void ready(std::uint64_t incarnation, std::string address = {});
   void killing(std::uint64_t incarnation, std::string cause);  // it hangs: SIGKILL is being sent
   // Its end was seen: its pidfd is readable and it is reaped. The cause of killing() goes first.
   void ended(std::uint64_t incarnation, WorkerState state, std::string cause,
@@ -56,6 +59,7 @@ class Roster {
   WorkerReport* known(std::uint64_t incarnation);
 
   int seats_;
+  int most_;
   Clock::duration lease_;
   NodeReport report_;
   std::uint64_t term_ = 0;

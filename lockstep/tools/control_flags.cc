@@ -10,8 +10,9 @@
 namespace lockstep {
 namespace {
 
-ControlServerOptions options_of(const ControlFlags& flags) {
+ControlServerOptions options_of(const ControlFlags& flags, int nodes) {
   ControlServerOptions options{.address = flags.address};
+  options.most_connections += nodes - 1;
   if (!flags.key_file.empty()) options.key = read_control_key(flags.key_file);
   return options;
 }
@@ -33,7 +34,8 @@ void add_control_flags(CLI::App& app, ControlFlags& flags) {
                  "the key of who may (lockstep key FILE); by default the job makes its own");
 }
 
-ControlChannel::ControlChannel(const ControlFlags& flags, const std::filesystem::path& folder)
-    : server_(options_of(flags)), file_(file_for(folder, entry_of(server_))) {}
+ControlChannel::ControlChannel(const ControlFlags& flags, const std::filesystem::path& folder,
+                               int nodes)
+    : server_(options_of(flags, nodes)), file_(file_for(folder, entry_of(server_))) {}
 
 }  // namespace lockstep

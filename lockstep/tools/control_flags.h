@@ -19,7 +19,8 @@ void add_control_flags(CLI::App& app, ControlFlags& flags);
 class ControlChannel {
  public:
   // `folder`: an existing one for control.json; "": a new one of the user's own.
-  ControlChannel(const ControlFlags& flags, const std::filesystem::path& folder);
+  // `nodes`: that may connect.
+  ControlChannel(const ControlFlags& flags, const std::filesystem::path& folder, int nodes = 1);
   ControlServer& server() { return server_; }
 
  private:

@@ -1,14 +1,14 @@
 // lockstep run: torchrun for any program.
 #include <fmt/format.h>
-#include <netinet/in.h>
+#include <fmt/ranges.h>
 #include <sched.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include <array>
 #include <cerrno>
 #include <charconv>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 
 #include "lockstep/cluster/agent.h"
@@ -16,19 +16,21 @@
 #include "lockstep/tools/commands.h"
 #include "lockstep/tools/control_flags.h"
 #include "lockstep/tools/inject_flags.h"
+#include "lockstep/tools/node_flags.h"
 
 namespace lockstep {
 namespace {
 
 struct RunFlags {
-  std::string workers = "1", nodes = "1";
-  int node_rank = 0, max_restarts = 0, standby = 0;
+  std::string workers = "1";
+  int max_restarts = 0, standby = 0;
   double restart_window_s = 60, hang_timeout_s = 60;
-  std::string master_addr = "127.0.0.1", role = "default", rdzv_id;
+  std::string master_addr, role = "default";
   int master_port = 0;  // 0: a free one
   std::string unused;
   InjectFlags inject;
   ControlFlags control;
+  NodeFlags nodes;
   bool standalone = false, no_python = false;
   int shutdown_timeout = 5;
 };
@@ -84,9 +86,8 @@ void add_flags(CLI::App& app, RunFlags& flags) {
     return app.add_option(both_spellings(name), value, meaning)->capture_default_str();
   };
   add("--nproc-per-node", flags.workers,
-      "workers: a number, or auto or cpu for one a core; MIN:MAX where the program is elastic");
-  add("--nnodes", flags.nodes, "nodes; only 1 in this version");
-  add("--node-rank", flags.node_rank, "only 0");
+      "workers on this node: a number, or auto or cpu for one a core; MIN:MAX where the program is "
+      "elastic");
   add("--max-restarts", flags.max_restarts,
       "how often workers are started again: one that died where the program is elastic, else all")
       ->check(CLI::NonNegativeNumber);
@@ -97,19 +98,19 @@ void add_flags(CLI::App& app, RunFlags& flags) {
   add("--hang-timeout", flags.hang_timeout_s,
       "elastic: seconds without progress until a worker is replaced; 0: never")
       ->check(CLI::NonNegativeNumber);
-  add("--master-addr", flags.master_addr, "told to the workers as MASTER_ADDR");
+  add("--master-addr", flags.master_addr, "told to the workers as MASTER_ADDR; default: node 0");
   add("--master-port", flags.master_port, "told to the workers as MASTER_PORT; 0: a free one");
   add("--role", flags.role, "told to the workers as ROLE_NAME");
-  add("--rdzv-id", flags.rdzv_id, "told to the workers as TORCHELASTIC_RUN_ID");
   app.add_flag("--standalone", flags.standalone, "accepted: it is always so on one node");
   app.add_flag(both_spellings("--no-python"), flags.no_python,
                "accepted: PROGRAM is always started as it is");
   add("--shutdown-timeout", flags.shutdown_timeout, "seconds from SIGTERM to SIGKILL when ending");
-  for (const char* name : {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-conf", "--monitor-interval",
-                           "--start-method", "--local-addr", "--event-log-handler"})
+  for (const char* name : {"--rdzv-backend", "--rdzv-conf", "--monitor-interval", "--start-method",
+                           "--local-addr", "--event-log-handler"})
     add(name, flags.unused, "without meaning here")->group(kWithoutMeaning);
   add_inject_flags(app, flags.inject);
   add_control_flags(app, flags.control);
+  add_node_flags(app, flags.nodes);
   for (const Refused& refused : kRefused) add_refused(app, refused);
 }
 
@@ -131,30 +132,11 @@ int worker_count(const std::string& text) {
 }
 
 void refuse_what_is_missing(const RunFlags& flags) {
-  if (flags.nodes != "1" && flags.nodes != "1:1")
-    throw ConfigError(fmt::format("--nnodes {}: this version runs on one node", flags.nodes),
-                      "leave it out");
-  if (flags.node_rank != 0)
-    throw ConfigError(fmt::format("--node-rank {}: this version runs on one node", flags.node_rank),
-                      "leave it out");
   if (flags.shutdown_timeout < 0)
     throw ConfigError(fmt::format("--shutdown-timeout {} is negative", flags.shutdown_timeout));
   if (flags.master_port < 0 || flags.master_port > 65535)
     throw ConfigError(fmt::format("--master-port {} is not a port", flags.master_port),
                       "a number from 0 to 65535");
-}
-
-// A port that is free now. Only told to the workers; theirs to bind.
-int free_port() {
-  const UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t length = sizeof address;
-  if (!fd || ::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), length) != 0 ||
-      ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &length) != 0)
-    throw Error("no free port for MASTER_PORT: " + errno_text(errno));
-  return ntohs(address.sin_port);
 }
 
 void check_streams() {
@@ -212,15 +194,26 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   options.restart_all = true;
   options.command = command;
   options.environment["ROLE_NAME"] = flags.role;
-  if (!flags.rdzv_id.empty()) options.environment["TORCHELASTIC_RUN_ID"] = flags.rdzv_id;
-  options.master_addr = flags.master_addr;
+  const auto place = node_place(flags.nodes, flags.control, process_environment());
+  if (!flags.nodes.id.empty()) options.environment["TORCHELASTIC_RUN_ID"] = flags.nodes.id;
+  options.master_addr = !flags.master_addr.empty() ? flags.master_addr
+                        : place                    ? place->host
+                                                   : "127.0.0.1";
   options.master_port = flags.master_port != 0 ? flags.master_port : free_port();
   options.segment =
       Segment::create({.seats = seats_for(options.workers, flags.standby,
                                           flags.max_restarts > 0 || options.least > 0)});
   options.kills = inject(flags.inject, options.workers, options.environment);
-  ControlChannel control(flags.control, {});
-  options.control = &control.server();
+  std::optional<ControlChannel> control;
+  if (place) {
+    options.nodes = place->options;
+    options.nodes->same["program"] = fmt::format("{}", fmt::join(command, " "));
+    options.nodes->same["--max-restarts"] = std::to_string(flags.max_restarts);
+  }
+  if (!place || place->options.rank == 0) {
+    control.emplace(flags.control, "", place ? place->options.most : 1);
+    options.control = &control->server();
+  }
   options.grace = std::chrono::seconds(flags.shutdown_timeout);
   options.on_line = pass_on;
   options.on_event = pass_on_news;

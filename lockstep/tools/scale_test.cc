@@ -110,7 +110,9 @@ class Scale : public testing::Test {
       while (!job.stopped) {
         pollfd watched{server.fd(), POLLIN, 0};
         ::poll(&watched, 1, -1);
-        server.handle([&](const ControlRequest& ask) { return answer_command(job, ask); });
+        server.handle([&](const ControlRequest& ask, const ControlPeer&) {
+          return answer_command(job, ask);
+        });
       }
     }
     ::_exit(0);

@@ -37,7 +37,6 @@ def test_bad_flags(folder):
     for words, says in (
             (["--nproc-per-node", "0", "true"], ["--nproc-per-node 0", "hint:"]),
             (["--nproc-per-node", "many", "true"], ["--nproc-per-node many", "auto"]),
-            (["--nnodes", "2", "true"], ["--nnodes 2", "one node"]),
             (["--max-restarts", "-1", "true"], ["--max-restarts"]),
             (["--nproc-per-node", "3:2", "true"], ["--nproc-per-node 3:2", "MIN"]),
             (["--nproc-per-nod", "2", "true"], ["--nproc-per-nod", "--nproc-per-node"]),
