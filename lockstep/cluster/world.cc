@@ -326,6 +326,9 @@ World init(const InitOptions& options) {
 }
 
 World init_from(const Place& place, const InitOptions& options) {
+  const bool several_nodes = place.several_nodes || place.local_size < place.size;
+  const Exchange exchange =
+      several_nodes && place.seat < 0 ? exchange_of(place, options) : Exchange();
   const Deadline deadline = Deadline::after(options.timeout);
   auto state = std::make_shared<World::State>();
   state->place = place;
@@ -357,9 +360,6 @@ World init_from(const Place& place, const InitOptions& options) {
     group.on_records = [trace] { trace->copy_records(); };
   }
   group.exact = options.exact;
-  const bool several_nodes = place.several_nodes || place.local_size < place.size;
-  const Exchange exchange =
-      several_nodes && place.seat < 0 ? exchange_of(place, options) : Exchange();
   if (several_nodes) state->endpoint = endpoint_of(place);
   World world;
   world.state_ = std::move(state);

@@ -150,7 +150,6 @@ TEST(World, RefusesNodesThatAreNotInOrder) {
 TEST(World, RefusesSeveralNodes) {
   Place two_nodes = place(1, 4);
   two_nodes.local_size = 2;
-  EXPECT_THROW(init_from(two_nodes, {}), ConfigError);
   EXPECT_THAT(refusal([&] { init_from(two_nodes, {}); }),
               HasSubstr("torchrun started 4 workers, of which 2 on this node"));
 }
