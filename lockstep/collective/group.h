@@ -144,6 +144,8 @@ struct GroupOptions {
   // Across nodes: where this rank's operations are recorded, and must be as long as the group
   // lives; none: nowhere.
   FlightRecorder* recorder = nullptr;
+  // Across nodes: told once of each plan that an all_reduce runs, and why that one.
+  std::function<void(const std::string&)> on_choice = {};
 };
 std::unique_ptr<Group> make_solo_group(const GroupOptions& options = {});
 // Ranks of one node over a segment. Waits until all have joined, with a deadline.

@@ -17,6 +17,8 @@
 #include "lockstep/collective/endable.h"
 #include "lockstep/collective/group.h"
 #include "lockstep/collective/plain_memory.h"
+#include "lockstep/collective/plan_choice.h"
+#include "lockstep/collective/plans.h"
 #include "lockstep/collective/reduce.h"
 #include "lockstep/collective/remote_meeting.h"
 
@@ -76,6 +78,10 @@ class RemoteGroup final : public Group, public Endable {
             const CallOptions& options) override;
   std::unique_ptr<Group> split(int color, int key, const CallOptions& options) override;
 
+  // all_reduce by a plan that all ranks name; 16-bit types only to_all and directly.
+  void all_reduce_by(AllReducePlan by, std::span<std::byte> data, Dtype dtype, Reduction reduction,
+                     const CallOptions& options);
+
  private:
   // One operation. Whatever fails in it ends the group.
   template <typename Body>
@@ -114,6 +120,9 @@ class RemoteGroup final : public Group, public Endable {
             .slots = slots,
             .slot_bytes = slot_bytes};
   }
+  AllReducePlan plan_for(std::size_t bytes, Dtype dtype);
+  // Of messages between two ranks at a time (plans.h).
+  void execute(const Plan& plan, std::span<std::byte> data, Dtype dtype, Reduction reduction);
   std::vector<Slice> chunks_of(std::size_t count, Dtype dtype) const;
   // Whether so much is sent to everybody whole.
   bool goes_to_all(std::size_t bytes) const;
@@ -129,6 +138,7 @@ class RemoteGroup final : public Group, public Endable {
   PlainMemory memory_;
   Reducer reducer_;
   std::vector<std::byte> scratch_;
+  unsigned told_ = 0;  // of which plans on_choice was, a bit each
 };
 
 }  // namespace lockstep

@@ -24,7 +24,9 @@ namespace {
 constexpr std::uint64_t kMagic = 0x312d656d6f636c65;  // also of the order of bytes
 constexpr std::uint32_t kVersion = 1;                 // of all that groups send
 constexpr Clock::duration kSlice = std::chrono::milliseconds(50);
-enum : std::uint16_t { kHelloChannel, kProofChannel, kChannels };
+constexpr int kRounds = 5, kShifts = 3;  // the first ones open the way
+constexpr std::size_t kShiftBytes = 256 << 10;
+enum : std::uint16_t { kHelloChannel, kProofChannel, kShiftChannel, kChannels };
 
 struct Hello {
   std::uint64_t magic = kMagic;
@@ -94,6 +96,7 @@ class Join {
           CRYPTO_memcmp(proofs[rank].data(), proof_of(options_.key, hellos[rank], mine_).data(),
                         sizeof(Proof)) != 0)
         fail(fmt::format("{} has another key for this job", transport_.describe(rank)));
+    measure();
     cpu_set_t cores;
     link_.may_spin =
         ::sched_getaffinity(0, sizeof(cores), &cores) == 0 && crowd <= CPU_COUNT(&cores);
@@ -101,6 +104,49 @@ class Join {
   }
 
  private:
+  using Open = std::vector<std::pair<int, Transport::Ticket>>;  // with which rank
+
+  // The best of a few rounds of everybody with everybody, and a shift around the ring; of these the
+  // slowest rank's.
+  void measure() {
+    if (transport_.size() == 1) return;
+    const auto time_of = [](auto&& what) {
+      const auto began = Clock::now();
+      what();
+      return seconds(Clock::now() - began);
+    };
+    double latency_s = 1;
+    for (int round = 0; round < kRounds; ++round)
+      latency_s =
+          std::min(latency_s,
+                   time_of([&] { exchange<std::uint64_t>(kHelloChannel, [](int) { return 0; }); }));
+    const std::span<std::byte> place = link_.lasting(2 * kShiftBytes);
+    double shift_s = 100;
+    for (int round = 0; round < kShifts; ++round)
+      shift_s = std::min(
+          shift_s, time_of([&] {
+            const int size = transport_.size(), rank = transport_.rank();
+            const int from = (rank + size - 1) % size, to = (rank + 1) % size;
+            finish({{from, transport_.receive(from, kShiftChannel, place.first(kShiftBytes))},
+                    {to, transport_.send(to, kShiftChannel, place.last(kShiftBytes))}});
+          }));
+    link_.memory.pop_back();
+    struct Measured {
+      double latency_s, shift_s;
+    };
+    const Measured mine{latency_s, shift_s};
+    auto all = exchange<Measured>(kHelloChannel, [&](int) { return mine; });
+    all[transport_.rank()] = mine;
+    Measured slowest{1e-7, 1e-7};
+    for (const Measured& one : all) {
+      slowest.latency_s = std::max(slowest.latency_s, std::min(one.latency_s, 10.0));
+      slowest.shift_s = std::max(slowest.shift_s, std::min(one.shift_s, 100.0));
+    }
+    link_.costs.latency_s = slowest.latency_s;
+    link_.costs.bandwidth_bytes_per_s =
+        kShiftBytes / std::max(slowest.shift_s - slowest.latency_s, slowest.shift_s / 10);
+  }
+
   // What each rank sends this one, by rank; of_mine(rank) goes to it.
   template <typename Message, typename OfMine>
   std::vector<Message> exchange(std::uint16_t channel, OfMine&& of_mine) {
@@ -109,7 +155,7 @@ class Join {
     const auto part = [&](int number) {
       return place.subspan(number * sizeof(Message), sizeof(Message));
     };
-    std::vector<std::pair<int, Transport::Ticket>> open;
+    Open open;
     for (int rank = 0; rank < size; ++rank) {
       if (rank == transport_.rank()) continue;
       const Message message = of_mine(rank);
@@ -117,16 +163,20 @@ class Join {
       open.emplace_back(rank, transport_.receive(rank, channel, part(rank)));
       open.emplace_back(rank, transport_.send(rank, channel, part(size + rank)));
     }
-    while (!open.empty()) {
-      if (std::erase_if(open, [&](const auto& one) { return transport_.done(one.second); }) == 0)
-        wait(open);
-    }
+    finish(std::move(open));
     std::vector<Message> messages(size);
     std::memcpy(messages.data(), place.data(), size * sizeof(Message));
+    link_.memory.pop_back();
     return messages;
   }
 
-  void wait(const std::vector<std::pair<int, Transport::Ticket>>& open) {
+  void finish(Open open) {
+    while (!open.empty())
+      if (std::erase_if(open, [&](const auto& one) { return transport_.done(one.second); }) == 0)
+        wait(open);
+  }
+
+  void wait(const Open& open) {
     const std::string over = options_.is_over ? options_.is_over() : "";
     if (!over.empty()) fail(fmt::format("generation {} is over: {}", options_.generation, over));
     if (deadline_.expired()) {

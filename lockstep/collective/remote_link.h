@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lockstep/collective/group.h"
+#include "lockstep/collective/plan_choice.h"
 #include "lockstep/transport/transport.h"
 
 namespace lockstep {
@@ -29,11 +30,13 @@ struct RemoteLink {
   const std::unique_ptr<Transport> transport;
   int next_channel = 0;  // no group has used this one or a later one
   bool may_spin = false;
+  LinkCosts costs;   // measured by all ranks when they joined, the same on all
   std::string over;  // the message that ended the transport
 };
 
 // Waits until all ranks of the transport have joined: the same version, generation, size; each
-// proves to each that it knows the key. Takes the link's first channels. Throws CommError.
+// proves to each that it knows the key; and they measure their links. Takes the link's first
+// channels. Throws CommError.
 void join_remote(RemoteLink& link, const GroupOptions& options);
 
 }  // namespace lockstep

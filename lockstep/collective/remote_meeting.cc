@@ -227,6 +227,10 @@ void RemoteMeeting::carry(const Parcels& parcels) {
     if (parcels.out[to].size() > kMostInFrame)
       open.emplace_back(to, send(to, kData, parcels.out[to]));
   }
+  await_all(open);
+}
+
+void RemoteMeeting::await_all(std::vector<std::pair<int, Ticket>>& open) {
   if (open.empty()) return;
   await(
       [&] {

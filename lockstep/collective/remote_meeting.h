@@ -69,6 +69,7 @@ class RemoteMeeting {
   using Done = std::function<bool()>;
   using WaitsFor = std::function<bool(int)>;
   void await(const Done& done, const WaitsFor& waits_for);
+  void await_all(std::vector<std::pair<int, Ticket>>& open);  // with which rank
 
   // End the group on all ranks. Throw CommError.
   [[noreturn]] void fail(const std::string& what);

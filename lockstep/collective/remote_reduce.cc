@@ -1,13 +1,10 @@
 // Reductions across nodes.
+#include <utility>
+
+#include "lockstep/collective/kernels.h"
 #include "lockstep/collective/remote_group.h"
 
 namespace lockstep {
-namespace {
-
-constexpr int kEverybody = DirectPlan::kEverybody;
-
-}  // namespace
-
 template <typename OutOf, typename InBytes>
 void RemoteGroup::reduce_whole(const Call& call, const CallOptions& options, const DirectPlan& plan,
                                std::span<std::byte> result, std::uint64_t bytes, OutOf&& out_of,
@@ -64,18 +61,77 @@ bool RemoteGroup::goes_to_all(std::size_t bytes) const {
 
 void RemoteGroup::all_reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction,
                              const CallOptions& options) {
+  all_reduce_by(plan_for(data.size(), dtype), data, dtype, reduction, options);
+}
+
+AllReducePlan RemoteGroup::plan_for(std::size_t bytes, Dtype dtype) {
+  const bool in_frame = bytes <= RemoteMeeting::kMostInFrame;
+  if (in_frame && goes_to_all(bytes)) return AllReducePlan::to_all;
+  const PlanChoice choice =
+      choose_all_reduce(meeting_.link()->costs, size_, bytes, options_.exact, in_frame);
+  // Others round 16-bit types after every addition.
+  const bool rounds = is_floating_point(dtype) && size_of(dtype) == 2;
+  const AllReducePlan plan =
+      rounds && choice.plan != AllReducePlan::to_all ? AllReducePlan::direct : choice.plan;
+  const unsigned bit = 1U << static_cast<int>(plan);
+  if (options_.on_choice && plan == choice.plan && (std::exchange(told_, told_ | bit) & bit) == 0)
+    options_.on_choice("all_reduce: " + choice.reason);
+  return plan;
+}
+
+void RemoteGroup::all_reduce_by(AllReducePlan by, std::span<std::byte> data, Dtype dtype,
+                                Reduction reduction, const CallOptions& options) {
   const std::uint64_t count = count_elements(data, dtype, Operation::all_reduce);
   const Call call{
       .operation = Operation::all_reduce, .dtype = dtype, .reduction = reduction, .count = count};
   DirectPlan plan = plan_of(own_tree_, dtype, reduction, data, data.size());
-  if (goes_to_all(data.size()))
+  using enum AllReducePlan;
+  if (by == to_all)
     return reduce_whole(
         call, options, plan, data, data.size(), [&](int) { return data; },
         [&](int) { return data.size(); });
-  plan.chunks = chunks_of(count, dtype);
-  plan.own_sum = data.data() + plan.chunks[rank_].first * size_of(dtype);
-  plan.sums = data.data();
-  reduce_directly(call, options, std::move(plan), data.size());
+  if (by == direct) {
+    plan.chunks = chunks_of(count, dtype);
+    plan.own_sum = data.data() + plan.chunks[rank_].first * size_of(dtype);
+    plan.sums = data.data();
+    return reduce_directly(call, options, std::move(plan), data.size());
+  }
+  run(data.size(), [&] {
+    meeting_.begin(call, options, Parcels(size_));
+    const auto planner = by == doubling  ? plan_recursive_doubling
+                         : by == halving ? plan_recursive_halving
+                         : by == tree    ? plan_tree
+                                         : plan_ring;
+    execute(planner(rank_, size_), data, dtype, reduction);
+    if (reduction == Reduction::mean) kernels().divide(data.data(), dtype, size_, count);
+  });
+}
+
+void RemoteGroup::execute(const Plan& plan, std::span<std::byte> data, Dtype dtype,
+                          Reduction reduction) {
+  const std::size_t element = size_of(dtype);
+  scratch_.resize(std::max(scratch_.size(), data.size()));
+  const BinaryKernel add = kernels().binary(dtype, reduction);
+  const auto bytes_of = [&](ChunkRange range) {
+    const Slice slice = slice_of(range, plan.chunks, data.size() / element, dtype);
+    return data.subspan(slice.first * element, slice.size() * element);
+  };
+  for (const PlanStep& step : plan.steps) {
+    using Then = PlanStep::Then;
+    const auto own = bytes_of(step.receives), sends = bytes_of(step.sends);
+    const auto in = step.then == Then::replace ? own : std::span(scratch_).first(own.size());
+    std::vector<std::pair<int, RemoteMeeting::Ticket>> open;
+    if (step.receive_from >= 0 && !own.empty())
+      open.emplace_back(step.receive_from,
+                        meeting_.receive(step.receive_from, RemoteMeeting::kData, in));
+    if (step.send_to >= 0 && !sends.empty())
+      open.emplace_back(step.send_to, meeting_.send(step.send_to, RemoteMeeting::kData, sends));
+    meeting_.await_all(open);
+    if (step.receive_from < 0 || step.then == Then::replace) continue;
+    const bool is_first = step.then == Then::add_to_own;
+    add(own.data(), is_first ? own.data() : in.data(), is_first ? in.data() : own.data(),
+        own.size() / element);
+  }
 }
 
 void RemoteGroup::reduce(std::span<std::byte> data, Dtype dtype, Reduction reduction, int root,

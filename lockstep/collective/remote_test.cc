@@ -8,6 +8,7 @@
 
 #include "lockstep/collective/backends.h"
 #include "lockstep/collective/operation_record.h"
+#include "lockstep/collective/remote_group.h"
 
 namespace lockstep {
 namespace {
@@ -180,6 +181,42 @@ TEST(RemoteSplitTest, AFailureStaysInItsGroup) {
     again->barrier();
     EXPECT_EQ(again->rank(), 1 - group.rank() % 2);
     group.barrier();
+  });
+}
+
+TEST(RemoteTest, EveryPlanSumsOnEveryNumberOfRanks) {
+  for (const int size : {2, 3, 4, 5})
+    run_remote_threads(size, [](Group& group) {
+      auto& remote = dynamic_cast<RemoteGroup&>(group);
+      constexpr std::size_t kCount = 30'001;
+      const auto check = [&]<typename T>(T, Dtype dtype, Reduction reduction, bool exact) {
+        const auto expected = naive::reduced<T>(group.size(), kCount, reduction);
+        using enum AllReducePlan;
+        for (const AllReducePlan plan : {to_all, direct, doubling, halving, tree, ring}) {
+          const bool is_power = (group.size() & (group.size() - 1)) == 0;
+          if (exact && (plan == ring || ((plan == doubling || plan == halving) && !is_power)))
+            continue;
+          auto data = naive::inputs<T>(group.rank(), kCount);
+          remote.all_reduce_by(plan, data, dtype, reduction, {});
+          EXPECT_TRUE(data == expected) << name_of(plan) << " of " << name_of(dtype) << ", rank "
+                                        << group.rank() << " of " << group.size();
+        }
+      };
+      check(float{}, Dtype::float32, Reduction::mean, true);
+      check(double{}, Dtype::float64, Reduction::product, true);
+      check(std::int32_t{}, Dtype::int32, Reduction::mean, false);
+    });
+}
+
+TEST(RemoteTest, ThePlanAndItsReasonAreToldOnce) {
+  const LoopbackNodes nodes(2);
+  run_threads(2, [&](int rank) {
+    std::vector<std::string> choices;
+    auto group =
+        join(nodes, rank, {.on_choice = [&](const auto& text) { choices.push_back(text); }});
+    for (int i = 0; i < 3; ++i) sum_of(40'000'000)(*group);
+    ASSERT_EQ(choices.size(), 1u);
+    EXPECT_THAT(choices[0], AllOf(HasSubstr("all_reduce: "), HasSubstr("40000000 bytes")));
   });
 }
 

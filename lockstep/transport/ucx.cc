@@ -219,6 +219,7 @@ class UcxTransport final : public Transport {
   std::vector<Peer> peers_;
   Tickets<Operation> tickets_;
   Clock::time_point looked_{};
+  bool moved_ = false;  // something has, since wait() last looked
   int agreed_ = 0;  // peers
   bool aborted_ = false;
 };
@@ -299,8 +300,8 @@ bool UcxTransport::done(Ticket ticket) {
 }
 
 void UcxTransport::progress() {
-  for (int i = 0; i < kMostProgress && ucp_worker_progress(worker_->get()) != 0; ++i) {
-  }
+  for (int i = 0; i < kMostProgress && ucp_worker_progress(worker_->get()) != 0; ++i)
+    moved_ = true;
   for (int rank = 0; rank < size() && agreed_ + 1 < size(); ++rank) agree(rank);
   if (!links_->complete() || Clock::now() - looked_ > kLooks) progress_links();
 }
@@ -372,7 +373,8 @@ void UcxTransport::connect(int rank) {
 
 void UcxTransport::wait(Clock::duration at_most) {
   check_open();
-  if (ucp_worker_arm(worker_->get()) != UCS_OK) return;  // something has moved
+  // Of what moved, somebody may have asked for another operation.
+  if (std::exchange(moved_, false) || ucp_worker_arm(worker_->get()) != UCS_OK) return;
   pollfd fds[] = {{worker_->fd(), POLLIN, 0}, {links_->fd(), POLLIN, 0}};
   const auto ns = std::chrono::nanoseconds(std::max(at_most, Clock::duration::zero())).count();
   const timespec timeout{ns / 1'000'000'000, ns % 1'000'000'000};
