@@ -1,11 +1,13 @@
-# lockstep_layer(NAME [TORCH] [LAYERS lower layers …] [LIBRARIES packages …])
+# lockstep_layer(NAME [TORCH] [LAYERS lower layers …] [LIBRARIES packages …] [WITHOUT files …])
 #
 # One folder lockstep/NAME becomes the library lockstep_NAME (every .cc but the tests) and, where
 # there are any *_test.cc, the test program NAME_test. Adding a file needs no edit here.
 function(lockstep_layer NAME)
-  cmake_parse_arguments(ARG "TORCH" "" "LAYERS;LIBRARIES" ${ARGN})
+  cmake_parse_arguments(ARG "TORCH" "" "LAYERS;LIBRARIES;WITHOUT" ${ARGN})
   set(folder "${PROJECT_SOURCE_DIR}/lockstep/${NAME}")
   file(GLOB sources CONFIGURE_DEPENDS "${folder}/*.cc")
+  list(TRANSFORM ARG_WITHOUT PREPEND "${folder}/")
+  list(REMOVE_ITEM sources ${ARG_WITHOUT})
   set(tests ${sources})
   list(FILTER sources EXCLUDE REGEX "_test\\.cc$")
   list(FILTER tests INCLUDE REGEX "_test\\.cc$")

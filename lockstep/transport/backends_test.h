@@ -4,7 +4,14 @@
 
 #include <gtest/gtest.h>
 
-#include <barrier>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <csignal>
 #include <functional>
 #include <ostream>
 #include <string>
@@ -57,7 +64,57 @@ inline void run_loopback(int size, const Body& body) {
     });
 }
 
-inline std::vector<Backend> backends() { return {{"Loopback", run_loopback}}; }
+// Processes of this node: this program's forks, since an engine is made after a fork.
+inline void run_processes(Engine engine, const EndpointOptions& options, int size,
+                          const Body& body) {
+  struct Shared {
+    pthread_barrier_t all;
+    std::array<std::array<char, kMostAddressBytes + 1>, 16> addresses;
+  };
+  void* const memory =
+      ::mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  LOCKSTEP_CHECK(memory != MAP_FAILED);
+  auto* const shared = new (memory) Shared{};
+  pthread_barrierattr_t across_processes;
+  ::pthread_barrierattr_init(&across_processes);
+  ::pthread_barrierattr_setpshared(&across_processes, PTHREAD_PROCESS_SHARED);
+  ::pthread_barrier_init(&shared->all, &across_processes, size);
+  std::fflush(stdout);
+  std::vector<pid_t> pids;
+  for (int rank = 0; rank < size; ++rank) {
+    const pid_t pid = ::fork();
+    LOCKSTEP_CHECK(pid >= 0);
+    pids.push_back(pid);
+    if (pid != 0) continue;
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    try {
+      const auto endpoint = make_endpoint(engine, options);
+      std::ranges::copy(endpoint->address(), shared->addresses[rank].begin());
+      ::pthread_barrier_wait(&shared->all);
+      Member member{*endpoint, {}, rank};
+      for (int i = 0; i < size; ++i) member.addresses.emplace_back(shared->addresses[i].data());
+      body(member);
+    } catch (const std::exception& error) {
+      ADD_FAILURE() << "rank " << rank << ": " << error.what();
+    }
+    std::fflush(stdout);
+    ::_exit(::testing::Test::HasFailure() ? 1 : 0);
+  }
+  for (int rank = 0; rank < size; ++rank) {
+    int status = -1;
+    ::waitpid(pids[rank], &status, 0);
+    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "rank " << rank << ": " << status;
+  }
+  ::munmap(memory, sizeof(Shared));
+}
+
+inline std::vector<Backend> backends() {
+  std::vector<Backend> all = {{"Loopback", run_loopback}};
+  if (unavailable(Engine::ucx).empty())
+    all.push_back(
+        {"Ucx", [](int size, const Body& body) { run_processes(Engine::ucx, {}, size, body); }});
+  return all;
+}
 
 // Until the operation is over.
 inline void finish(Transport& transport, Transport::Ticket ticket) {

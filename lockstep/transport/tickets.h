@@ -27,6 +27,12 @@ class Tickets {
     LOCKSTEP_CHECK(ticket < operations_.size() && operations_[ticket], "no such operation");
     return *operations_[ticket];
   }
+  bool empty() const { return free_.size() == operations_.size(); }
+  template <typename Function>
+  void for_each(Function&& function) {
+    for (auto& operation : operations_)
+      if (operation) function(*operation);
+  }
   void remove(Transport::Ticket ticket) {
     at(ticket);
     operations_[ticket].reset();

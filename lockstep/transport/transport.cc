@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "lockstep/job/nearest.h"
+#include "lockstep/transport/engines.h"
 
 namespace lockstep {
 
@@ -29,6 +30,16 @@ Engine engine_from(std::string_view name) {
   throw ConfigError(
       fmt::format("no engine '{}'", name),
       near.empty() ? "one of ucx, mpi, zmq" : fmt::format("did you mean '{}'?", near));
+}
+
+std::string unavailable(Engine engine) {
+  if (engine == Engine::ucx) return ucx_unavailable();
+  return fmt::format("this build has no engine {}", name_of(engine));
+}
+
+std::unique_ptr<Endpoint> make_endpoint(Engine engine, const EndpointOptions& options) {
+  if (const std::string why = unavailable(engine); !why.empty()) throw ConfigError(why);
+  return make_ucx_endpoint(options);
 }
 
 }  // namespace lockstep
