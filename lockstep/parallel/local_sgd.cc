@@ -10,6 +10,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/bridge/dtypes.h"
 #include "lockstep/parallel/same_module.h"
+#include "lockstep/parallel/wire_group.h"
 
 namespace lockstep {
 
@@ -44,8 +45,7 @@ struct LocalSteps::State {
       : world(w),
         warmup_steps(warmup),
         options(o),
-        averages(make_compressed_group(
-            std::shared_ptr<Group>(std::make_shared<World>(w), &w.group()), o.wire_format)),
+        averages(make_wire_group(w, o.wire_format)),
         parameters(named_parameters(module)),
         buffers(float_buffers),
         agreed(parameters.zeros()),
