@@ -8,6 +8,7 @@
 #include "lockstep/parallel/data_parallel.h"
 #include "lockstep/parallel/distributed_sampler.h"
 #include "lockstep/parallel/elastic.h"
+#include "lockstep/parallel/local_sgd.h"
 #include "lockstep/parallel/shared_weights.h"
 #include "lockstep/parallel/torchrun.h"
 #include "lockstep/train/losses.h"

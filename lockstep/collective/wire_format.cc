@@ -32,12 +32,11 @@ class Compressed final : public CompressedGroup {
  public:
   Compressed(std::shared_ptr<Group> group, WireFormat format, const NodeGroups& nodes)
       : CompressedGroup(group), format_(format) {
-    const bool two_levels = nodes.local && nodes.local->size() > 1 &&
-                            std::ranges::all_of(nodes.local_sizes, [&](int size) {
-                              return size == nodes.local->size();
-                            });
-    if (two_levels) local_ = nodes.local;
-    links_ = two_levels ? nodes.carriers : group;
+    const bool even = nodes.local && std::ranges::all_of(nodes.local_sizes, [&](int size) {
+                        return size == nodes.local->size();
+                      });
+    if (even && nodes.local->size() > 1) local_ = nodes.local;
+    links_ = even ? nodes.carriers : group;
     LOCKSTEP_CHECK(links_ != nullptr, "a node's ranks that are equally many all carry");
     std::vector<VirtualRange> runs;
     for (int rank = 0; rank < links_->size(); ++rank) runs.push_back({rank, rank + 1});

@@ -172,6 +172,7 @@ class Builder {
   void check_partition(bool classification) const;
   void check_schedule() const;
   void check_model(const job::Recipe& recipe, bool classification) const;
+  void check_strategy() const;
   void resolve_batch();
 
   std::string name_;
@@ -312,6 +313,24 @@ void Builder::check_model(const job::Recipe& recipe, bool classification) const 
           "model.widths = [] and loss.name = \"mean_squared_error\"");
 }
 
+void Builder::check_strategy() const {
+  const TrainSettings& train = job_.train;
+  const bool replicas = train.strategy != "shared_weights";
+  require(replicas || train.wire_format == "fp32", "train.wire_format",
+          "weights that are shared are exact",
+          "train.strategy = \"data_parallel\", \"local_sgd\" or \"diloco\"");
+  const auto without = [&](bool holds, std::string_view key, const std::string& hint) {
+    require(!replicas || holds, key,
+            fmt::format("train.strategy = \"{}\" cannot do it", train.strategy), hint);
+  };
+  without(train.accumulate == 1, "train.accumulate", "a smaller train.batch_size");
+  without(train.virtual_ranks == job_.workers.count, "train.virtual_ranks",
+          "leave it out: each worker is one");
+  without(job_.workers.min == 0 || job_.workers.min == job_.workers.count, "workers.min",
+          "--workers N: as many from beginning to end");
+  without(job_.optimizer.name != "closed_form", "optimizer.name", "an optimizer that takes steps");
+}
+
 // batch_size (a worker's) or global_batch_size: the one set at the higher level counts.
 void Builder::resolve_batch() {
   const Level own = level_of("train.batch_size");
@@ -353,6 +372,7 @@ Job Builder::resolve() && {
   check_schedule();
   check_model(*recipe, classification);
   resolve_batch();
+  check_strategy();
   if (!job_.data.empty())
     job_.data = std::filesystem::absolute(job_.data).lexically_normal().string();
   return std::move(job_);

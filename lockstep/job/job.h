@@ -75,6 +75,10 @@ struct TrainSettings {
   std::int64_t virtual_ranks = 0;      // after resolution: > 0
   std::int64_t accumulate = 1;         // micro-batches of a virtual rank's batch
   std::string precision = "fp32";      // fp32 | bf16
+  // shared_weights | data_parallel | local_sgd | diloco
+  std::string strategy = "shared_weights";
+  std::int64_t sync_every = 50;      // local_sgd, diloco
+  std::string wire_format = "fp32";  // all but shared_weights: fp32 | bf16 | int8
   std::uint64_t seed = 1;
   bool shuffle = true;
   double clip_grad_norm = 0.0;  // 0: off

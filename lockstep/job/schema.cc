@@ -164,6 +164,13 @@ const std::vector<Key>& schema() {
        "micro-batches that the batch of a virtual rank is computed in: less memory, the same step"},
       {KEY(train.precision), one_of({"fp32", "bf16"}),
        "bf16: training's forward passes under autocast; weights and updates stay fp32"},
+      {KEY(train.strategy), one_of({"shared_weights", "data_parallel", "local_sgd", "diloco"}),
+       "how workers become one. shared_weights: exact and elastic; the others: a replica on each, "
+       "for slow links"},
+      {KEY(train.sync_every), between(1, 1e9),
+       "local_sgd, diloco: steps from one meeting of the workers to the next"},
+      {KEY(train.wire_format), one_of({"fp32", "bf16", "int8"}),
+       "data_parallel, local_sgd, diloco: the form in which gradients or changes travel"},
       {KEY(train.seed), seed, "first weights, order of samples, dropout"},
       {KEY(train.shuffle), any(), "a new order of samples each epoch"},
       {KEY(train.clip_grad_norm), float_from_0(), "largest norm of the gradient; 0: no clipping"},

@@ -18,6 +18,7 @@
 #include "lockstep/parallel/gradient_buckets.h"
 #include "lockstep/parallel/pass_record.h"
 #include "lockstep/parallel/same_module.h"
+#include "lockstep/parallel/wire_group.h"
 
 namespace lockstep {
 namespace {
@@ -87,6 +88,7 @@ struct Replica::State {
   std::vector<bool> trained;                                   // by parameter
   std::vector<std::pair<std::size_t, std::size_t>> bucket_of;  // by parameter: bucket, place in it
   std::vector<GradientBucket> buckets;
+  std::unique_ptr<CompressedGroup> averages;  // the world's group, in the wire format
   std::optional<BufferBroadcast> broadcast;
 
   PassRecord mine;                  // `used` since the last average
@@ -101,7 +103,8 @@ struct Replica::State {
   std::optional<BackwardHooks> hooks;
   std::unique_ptr<CommQueue> queue;  // last: ends before what its calls use
 
-  State(const World& w, const DataParallelOptions& o) : world(w), options(o) {}
+  State(const World& w, const DataParallelOptions& o)
+      : world(w), options(o), averages(make_wire_group(w, o.wire_format)) {}
 
   GradientPlace& place(std::size_t parameter) {
     const auto [bucket, index] = bucket_of[parameter];
@@ -194,15 +197,20 @@ struct Replica::State {
     // Show the memory while the call lasts: a backward after an interrupted one writes elsewhere.
     for (std::size_t i = 0; queue && i < bucket.places.size(); ++i)
       shown.push_back(bucket.places[i].view().detach());
-    run([this, &bucket, weight = mine.weight, shown = std::move(shown)](Group& group) {
+    // What a wire format loses is sent in a later step, whose weights may be others: it is of parts
+    // of the average, and of nothing that the weights scale.
+    const bool parts = options.wire_format != WireFormat::fp32;
+    run([this, &bucket, parts, weight = mine.weight, shown = std::move(shown)](Group& group) {
       const at::NoGradGuard no_grad;
+      const double factor = parts ? weight * group.size() / total_weight : weight;
       if (!equal_weights && weight == 0)
         bucket.flat.zero_();  // not times 0, which keeps what is not finite
-      else if (!equal_weights && weight != 1)
-        bucket.flat.mul_(weight);
-      group.all_reduce(bucket.memory, bucket.dtype,
-                       equal_weights ? Reduction::mean : Reduction::sum, {.tag = bucket.label});
-      if (!equal_weights) bucket.flat.div_(total_weight);
+      else if (!equal_weights && factor != 1)
+        bucket.flat.mul_(factor);
+      averages->all_reduce(bucket.memory, bucket.dtype,
+                           equal_weights || parts ? Reduction::mean : Reduction::sum,
+                           {.tag = bucket.label});
+      if (!equal_weights && !parts) bucket.flat.div_(total_weight);
     });
   }
 
@@ -347,6 +355,8 @@ void Replica::set_weight(double weight) {
 CommQueue::Statistics Replica::communication() const {
   return state_->queue ? state_->queue->statistics() : CommQueue::Statistics{};
 }
+
+CompressedGroup::Errors& Replica::wire_errors() { return state_->averages->errors(); }
 
 NoSync::NoSync(std::shared_ptr<Replica> replica) : replica_(std::move(replica)) {
   ++replica_->state_->no_sync;

@@ -19,6 +19,7 @@
 #include "lockstep/bridge/autocast.h"
 #include "lockstep/cluster/world.h"
 #include "lockstep/collective/comm_queue.h"
+#include "lockstep/collective/wire_format.h"
 
 namespace torch::nn {
 class Module;
@@ -48,6 +49,9 @@ struct DataParallelOptions {
   // bf16: forward() runs under autocast. Compute the loss in the same expression or not, but call
   // backward() in a statement of its own. Parameters, gradients and the optimizer stay fp32.
   Precision precision = Precision::fp32;
+  // In what form fp32 gradients travel; for links that are slower than computing. The averages are
+  // then no longer exact, but the same on every rank (collective/wire_format.h).
+  WireFormat wire_format = WireFormat::fp32;
 };
 
 struct JoinOptions {
@@ -77,6 +81,7 @@ class Replica {
   ~Replica();
   void set_weight(double weight);
   CommQueue::Statistics communication() const;
+  CompressedGroup::Errors& wire_errors();
 
  private:
   friend class NoSync;
@@ -141,6 +146,9 @@ class [[nodiscard]] DataParallel {
   // With overlap: how long gradients were under way so far, and how much of that backward() waited
   // for; the rest was hidden behind computing.
   CommQueue::Statistics communication() const { return replica_->communication(); }
+  // What wire_format has lost so far and will send yet: this rank's part of a checkpoint. Without
+  // it a program that goes on, or a new generation, starts with none lost.
+  CompressedGroup::Errors& wire_errors() { return replica_->wire_errors(); }
   NoSync no_sync() { return NoSync(replica_); }
   Join join(JoinOptions options = {}) { return Join(replica_, std::move(options)); }
 

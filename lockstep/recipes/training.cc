@@ -16,6 +16,7 @@
 #include "lockstep/recipes/model.h"
 #include "lockstep/recipes/optimizer.h"
 #include "lockstep/recipes/recipe.h"
+#include "lockstep/recipes/replica_training.h"
 #include "lockstep/recipes/saved_model.h"
 #include "lockstep/recipes/text.h"
 #include "lockstep/train/events.h"
@@ -188,8 +189,11 @@ FitReport fit(const World& world, const Job& job, const RecipeData& data, Traine
   options.partition = data.partition;
   const auto batch = static_cast<std::uint64_t>(job.train.global_batch_size);
   const auto steps_per_epoch = static_cast<std::int64_t>((train.size() + batch - 1) / batch);
+  const Schedule schedule = schedule_for(job, steps_per_epoch);
+  if (job.train.strategy != "shared_weights")
+    return fit_replicas(world, job, options, task, schedule, train, test);
   return Trainer(world, std::move(options))
-      .fit(task, optimizer_options(job.optimizer), schedule_for(job, steps_per_epoch), train, test);
+      .fit(task, optimizer_options(job.optimizer), schedule, train, test);
 }
 
 void train_text(const World& world, const Job& job, const RecipeData& data,

@@ -3,9 +3,7 @@
 #include <fmt/format.h>
 #include <sys/resource.h>
 #include <torch/nn/module.h>
-#include <torch/optim/adam.h>
-#include <torch/optim/adamw.h>
-#include <torch/optim/sgd.h>
+#include <torch/optim/optimizer.h>
 
 #include <algorithm>
 #include <functional>
@@ -27,19 +25,6 @@ constexpr double kChunkSeconds = 0.5;  // between looks at the clock that all ra
 
 using Step = std::function<void(const Batch&)>;
 
-std::unique_ptr<torch::optim::Optimizer> make_optimizer(const OptimizerSettings& settings,
-                                                        std::vector<at::Tensor> parameters) {
-  if (settings.name == "adam")
-    return std::make_unique<torch::optim::Adam>(std::move(parameters),
-                                                torch::optim::AdamOptions(settings.lr));
-  if (settings.name == "adamw")
-    return std::make_unique<torch::optim::AdamW>(
-        std::move(parameters),
-        torch::optim::AdamWOptions(settings.lr).weight_decay(settings.weight_decay));
-  return std::make_unique<torch::optim::SGD>(
-      std::move(parameters), torch::optim::SGDOptions(settings.lr).momentum(settings.momentum));
-}
-
 at::Tensor loss_of(const Model& model, const Batch& batch, Precision precision) {
   const Autocast autocast(precision);
   return mean_loss(model.forward(batch.input), batch.target);
@@ -47,7 +32,7 @@ at::Tensor loss_of(const Model& model, const Batch& batch, Precision precision) 
 
 Step torch_step(const World& world, const Work& work, const Model& model, Precision precision) {
   const auto replica = std::make_shared<Replica>(*model.module, world, DataParallelOptions{});
-  std::shared_ptr optimizer = make_optimizer(work.optimizer, model.module->parameters());
+  std::shared_ptr optimizer = torch_optimizer(work.optimizer, model.module->parameters());
   return [=](const Batch& batch) {
     optimizer->zero_grad();
     loss_of(model, batch, precision).backward();
