@@ -1,47 +1,269 @@
-// lockstep doctor: what this machine can do, and what stands in the way.
+// lockstep doctor: what this machine, or several of them, can do, and what stands in the way.
 #include "lockstep/tools/doctor.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "lockstep/tools/commands.h"
+#include "lockstep/tools/doctor_links.h"
+#include "lockstep/tools/doctor_meeting.h"
+#include "lockstep/transport/transport.h"
 
 namespace lockstep {
 namespace {
 
+using nlohmann::json;
+using nlohmann::ordered_json;
+
+constexpr int kMostNodes = 256;         // the whole report is one control message
+constexpr double kLargestSkew_s = 0.1;  // beyond it logs and traces of nodes don't fit together
+constexpr auto kPatience = std::chrono::seconds(10);  // with a peer, while a link is measured
+
 struct DoctorFlags {
   bool json = false;
+  int nodes = 1, node = 0, timeout = 60;
+  std::string endpoint, key_file, backend, interface;
 };
+
+// What is known of a node.
+struct Node {
+  std::string host, engine, address;  // "": no engine to measure with
+  Traits traits;
+  std::vector<Finding> findings;
+  ClockSkew skew;
+};
+
+ordered_json json_of(const Node& node) {
+  ordered_json findings = ordered_json::array();
+  for (const Finding& one : node.findings) findings.push_back(json_of(one));
+  return {{"host", node.host},
+          {"engine", node.engine},
+          {"address", node.address},
+          {"traits", node.traits},
+          {"clock_skew_s", node.skew.seconds},
+          {"clock_skew_uncertainty_s", node.skew.uncertainty_s},
+          {"findings", findings}};
+}
+
+Node node_from(const json& text) {
+  try {
+    Node node{.host = text.at("host"),
+              .engine = text.at("engine"),
+              .address = text.at("address"),
+              .traits = text.at("traits").get<Traits>(),
+              .findings = {},
+              .skew = {text.at("clock_skew_s"), text.at("clock_skew_uncertainty_s")}};
+    for (const json& one : text.at("findings")) node.findings.push_back(finding_from(one));
+    return node;
+  } catch (const json::exception&) {
+    throw Error("a node sent a report that is none");
+  }
+}
+
+struct Report {
+  std::vector<Node> nodes;
+  std::vector<Link> links;
+  std::vector<Finding> findings;  // of all nodes together
+};
+
+Verdict worst_of(const Report& report) {
+  Verdict worst = Verdict::ok;
+  const auto look = [&](const std::vector<Finding>& findings) {
+    for (const Finding& one : findings) worst = std::max(worst, one.verdict);
+  };
+  look(report.findings);
+  for (const Node& node : report.nodes) look(node.findings);
+  return worst;
+}
+
+std::string host_of(const std::string& endpoint) { return endpoint.substr(0, endpoint.rfind(':')); }
+
+// The first that this machine has, unless one is asked for. The choice is a finding.
+std::unique_ptr<Endpoint> choose_engine(const DoctorFlags& flags, const ControlKey& key,
+                                        Node& node) {
+  std::string why = "asked for";
+  for (const Engine engine : {Engine::ucx, Engine::zmq}) {
+    if (!flags.backend.empty() && engine != engine_from(flags.backend)) continue;
+    if (flags.backend.empty() && !unavailable(engine).empty()) {
+      why = fmt::format("as {} is not to be had", name_of(engine));
+      continue;
+    }
+    if (flags.backend.empty() && engine == Engine::ucx) why = "the fastest";
+    try {
+      auto endpoint = make_endpoint(engine, {.interface = flags.interface,
+                                             .towards = host_of(flags.endpoint),
+                                             .key = key.client.secret_key});
+      node.engine = endpoint->name();
+      node.address = endpoint->address();
+      node.findings.push_back({Verdict::ok, "engine", fmt::format("{}: {}", node.engine, why)});
+      return endpoint;
+    } catch (const Error& error) {
+      why = error.what();
+    }
+    break;
+  }
+  node.findings.push_back({Verdict::error, "engine", "none: " + why, "see ucx and zmq above"});
+  return nullptr;
+}
+
+std::vector<Finding> compare(const std::vector<Node>& nodes) {
+  std::vector<Traits> traits;
+  const ClockSkew* largest = &nodes[0].skew;
+  std::size_t whose = 0;
+  for (const Node& node : nodes) {
+    traits.push_back(node.traits);
+    if (std::abs(node.skew.seconds) <= std::abs(largest->seconds)) continue;
+    largest = &node.skew;
+    whose = traits.size() - 1;
+  }
+  std::vector<Finding> findings = differences(traits);
+  const bool far = std::abs(largest->seconds) - largest->uncertainty_s > kLargestSkew_s;
+  findings.push_back({far ? Verdict::warning : Verdict::ok, "clock skew",
+                      fmt::format("at most {:.3g} ms (± {:.2g}), node {}'s", largest->seconds * 1e3,
+                                  largest->uncertainty_s * 1e3, whose),
+                      far ? "chrony or another NTP client on every node; results don't depend on "
+                            "it, logs do"
+                          : ""});
+  return findings;
+}
+
+// Those of this node, as the others take it up too; all broken if it can't connect.
+std::vector<Link> measure(Endpoint& endpoint, const std::vector<std::string>& addresses, int node) {
+  try {
+    return measure_links(
+        endpoint.connect(addresses, node, {.deadline = Deadline::after(kPatience)}), kPatience);
+  } catch (const CommError& error) {
+    std::vector<Link> links;
+    for (int peer = 0; peer < static_cast<int>(addresses.size()); ++peer)
+      if (peer != node)
+        links.push_back({std::min(node, peer), std::max(node, peer), 0, 0, 0, error.what()});
+    return links;
+  }
+}
+
+// Node 0 and all others call it together.
+Report examine_nodes(const DoctorFlags& flags, Node node) {
+  const ControlKey key = read_control_key(flags.key_file);
+  Meeting meeting({.nodes = flags.nodes,
+                   .node = flags.node,
+                   .address = flags.endpoint,
+                   .key = key,
+                   .patience = std::chrono::seconds(flags.timeout)});
+  node.skew = meeting.clock_skew();
+  const std::unique_ptr<Endpoint> endpoint = choose_engine(flags, key, node);
+  Report report;
+  std::vector<std::string> addresses;
+  bool same = true;
+  for (const json& one : meeting.gather(json_of(node))) {
+    report.nodes.push_back(node_from(one));
+    addresses.push_back(report.nodes.back().address);
+    same =
+        same && !addresses.back().empty() && report.nodes.back().engine == report.nodes[0].engine;
+  }
+  report.findings = compare(report.nodes);
+  if (!same) {
+    report.findings.push_back({Verdict::error, "links", "not measured: no engine is everywhere",
+                               "see each node's engine"});
+    return report;
+  }
+  ordered_json mine = ordered_json::array();
+  for (const Link& link : measure(*endpoint, addresses, flags.node)) mine.push_back(json_of(link));
+  std::vector<std::vector<Link>> links;
+  for (const json& one : meeting.gather(mine)) {
+    links.emplace_back();
+    for (const json& link : one) links.back().push_back(link_from(link, flags.nodes));
+  }
+  report.links = merged(links);
+  const std::vector<Finding> found = findings_of(report.links);
+  report.findings.insert(report.findings.end(), found.begin(), found.end());
+  return report;
+}
+
+void show(const Report& report, bool as_json) {
+  const int count = static_cast<int>(report.nodes.size());
+  if (as_json) {
+    ordered_json nodes = ordered_json::array(), links = nodes, findings = nodes;
+    for (const Node& node : report.nodes) nodes.push_back(json_of(node));
+    for (const Link& link : report.links) links.push_back(json_of(link));
+    for (const Finding& one : report.findings) findings.push_back(json_of(one));
+    print(ordered_json{{"worst", name_of(worst_of(report))},
+                       {"nodes", nodes},
+                       {"links", links},
+                       {"findings", findings}}
+              .dump(2) +
+          "\n");
+    return;
+  }
+  if (count > 1) print(fmt::format("node 0: {}\n", report.nodes[0].host));
+  print(text_of(report.nodes[0].findings));
+  for (int node = 1; node < count; ++node) {
+    const std::vector<Finding>& first = report.nodes[0].findings;
+    std::vector<Finding> other;
+    for (const Finding& one : report.nodes[node].findings)
+      if (std::find(first.begin(), first.end(), one) == first.end()) other.push_back(one);
+    print(fmt::format("\nnode {}: {}, where it differs from node 0\n{}", node,
+                      report.nodes[node].host, text_of(other)));
+  }
+  if (count > 1) print(fmt::format("\nall {} nodes\n", count));
+  print(text_of(report.findings));
+  if (!report.links.empty()) print(table_of(report.links, count));
+}
+
+void add_flags(CLI::App& app, DoctorFlags& flags) {
+  app.option_defaults()->take_last();
+  const auto add = [&](const char* name, auto& value, const char* meaning) {
+    return app.add_option(both_spellings(name), value, meaning)->capture_default_str();
+  };
+  app.add_flag("--json", flags.json, "as one JSON object, for programs");
+  add("--nnodes", flags.nodes, "nodes, on each of which this command is started")
+      ->check(CLI::Range(1, kMostNodes));
+  add("--node-rank", flags.node, "which of them this is, from 0")
+      ->check(CLI::Range(0, kMostNodes - 1));
+  add("--rdzv-endpoint", flags.endpoint, "HOST:PORT of node 0, where they meet");
+  add("--key-file", flags.key_file, "the key that they prove to each other (lockstep key FILE)");
+  add("--backend", flags.backend, "engine to measure with: ucx or zmq; default: the fastest found");
+  add("--interface", flags.interface, "network interface; default: the one that leads to node 0");
+  add("--timeout", flags.timeout, "seconds to wait for other nodes")->check(CLI::Range(1, 86400));
+}
+
+void check(const DoctorFlags& flags) {
+  if (flags.node >= flags.nodes)
+    throw ConfigError(
+        fmt::format("--node-rank {} is not below --nnodes {}", flags.node, flags.nodes));
+  if (flags.nodes == 1) return;
+  if (flags.endpoint.empty() || flags.key_file.empty())
+    throw ConfigError(fmt::format("--nnodes {} needs --rdzv-endpoint and --key-file", flags.nodes),
+                      "lockstep key FILE makes a key; each node needs a copy");
+}
 
 }  // namespace
 
 int doctor_command(const std::vector<std::string>& arguments, const Start&) {
   CLI::App app(
       "Says what this machine can do and what stands in a job's way, with a hint for each\n"
-      "finding. Ends with 1 if one is an error.",
+      "finding; started on several nodes, compares them and measures the links between them.\n"
+      "Ends with 1 if a finding is an error.",
       "lockstep doctor");
   DoctorFlags flags;
-  app.add_flag("--json", flags.json, "as one JSON object, for programs");
+  add_flags(app, flags);
   if (!parse_arguments(app, arguments)) return 0;
-  const Facts facts = read_facts("/", process_environment(), "");
-  const std::vector<Finding> findings = findings_of(facts);
-  const auto worst = std::max_element(findings.begin(), findings.end(),
-                                      [](auto& a, auto& b) { return a.verdict < b.verdict; });
-  if (flags.json) {
-    nlohmann::ordered_json list = nlohmann::ordered_json::array();
-    for (const Finding& one : findings) list.push_back(json_of(one));
-    print(nlohmann::ordered_json{{"host", facts.host},
-                                 {"worst", name_of(worst->verdict)},
-                                 {"traits", traits_of(facts)},
-                                 {"findings", list}}
-              .dump(2) +
-          "\n");
-  } else {
-    print(text_of(findings));
-  }
-  return worst->verdict == Verdict::error ? kExitFailedRun : 0;
+  check(flags);
+  const Facts facts =
+      read_facts("/", process_environment(),
+                 {.interface = flags.interface, .towards = host_of(flags.endpoint), .key = {}});
+  Node node{.host = facts.host,
+            .engine = {},
+            .address = {},
+            .traits = traits_of(facts),
+            .findings = findings_of(facts),
+            .skew = {}};
+  const Report report =
+      flags.nodes > 1 ? examine_nodes(flags, std::move(node)) : Report{{std::move(node)}, {}, {}};
+  if (flags.node == 0) show(report, flags.json);
+  return worst_of(report) == Verdict::error ? kExitFailedRun : 0;
 }
 
 }  // namespace lockstep

@@ -12,6 +12,7 @@
 
 #include "lockstep/cluster/environment.h"
 #include "lockstep/memory/available_memory.h"
+#include "lockstep/transport/transport.h"
 
 namespace lockstep {
 
@@ -22,6 +23,7 @@ struct Finding {
   Verdict verdict = Verdict::ok;
   std::string subject, text;
   std::string hint = {};  // what to do about it; "" where all is well
+  bool operator==(const Finding&) const = default;
 };
 
 struct NetworkInterface {
@@ -44,17 +46,17 @@ struct Facts {
   std::string clock_source;
   bool clock_synchronised = false;
   std::vector<NetworkInterface> interfaces;  // up, not loopback
-  std::string leading_interface;             // name of the one that leads to the others
+  std::string used_interface, why_used;      // "" and why there is none
   std::vector<std::string> rdma_devices, gpus;
   std::map<std::string, std::string> engines;       // name: why it can't be had; "": it can
   std::map<std::string, std::string> code_choices;  // variables that choose among code paths
   bool has_worker = false;                          // lockstep-worker is there
 };
 
-// `root`: of /proc and /sys; tests pass a folder of their own. `towards`: a host whose interface is
-// asked for; "": that of the default route.
+// `root`: of /proc and /sys; tests pass a folder of their own. `options`: of the engine that will
+// have to choose an interface.
 Facts read_facts(const std::filesystem::path& root, const Environment& environment,
-                 const std::string& towards);
+                 const EndpointOptions& options);
 std::vector<Finding> findings_of(const Facts& facts);
 
 // What must be the same on all nodes of a job that is to be exact, by name.

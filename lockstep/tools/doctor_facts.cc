@@ -4,7 +4,6 @@
 #include <gnu/libc-version.h>
 #include <ifaddrs.h>
 #include <net/if.h>
-#include <netdb.h>
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -25,6 +24,7 @@
 #include "lockstep/collective/kernels.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/tools/doctor.h"
+#include "lockstep/transport/interface.h"
 
 namespace lockstep {
 namespace {
@@ -139,20 +139,18 @@ std::vector<NetworkInterface> interfaces(const fs::path& root) {
   return found;
 }
 
-// What the kernel would send from, on the way to `host`; nothing is sent. "": there is no way.
-std::string address_towards(const std::string& host) {
-  addrinfo hints{}, *found = nullptr;
-  hints.ai_family = AF_INET;
-  hints.ai_socktype = SOCK_DGRAM;
-  if (::getaddrinfo(host.c_str(), "9", &hints, &found) != 0) return "";
-  const UniqueFd fd(::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
-  sockaddr_in own{};
-  socklen_t length = sizeof own;
-  auto* const any = reinterpret_cast<sockaddr*>(&own);
-  const bool known = fd && ::connect(fd.get(), found->ai_addr, found->ai_addrlen) == 0 &&
-                     ::getsockname(fd.get(), any, &length) == 0;
-  ::freeaddrinfo(found);
-  return known ? text_of_address(any) : "";
+// Where `options` name no interface: the one that leads to a host, or has the default route.
+void choose_interface(const EndpointOptions& options, Facts& facts) {
+  EndpointOptions asked = options;
+  if (asked.towards.empty()) asked.towards = "192.0.2.1";  // anywhere; nothing is sent
+  try {
+    facts.used_interface = find_interface(asked).name;
+    facts.why_used = !options.interface.empty() ? "as asked"
+                     : options.towards.empty()  ? "the way out"
+                                                : "it leads to " + options.towards;
+  } catch (const ConfigError& error) {
+    facts.why_used = error.what();
+  }
 }
 
 bool is_clock_synchronised() {
@@ -162,7 +160,8 @@ bool is_clock_synchronised() {
 
 }  // namespace
 
-Facts read_facts(const fs::path& root, const Environment& environment, const std::string& towards) {
+Facts read_facts(const fs::path& root, const Environment& environment,
+                 const EndpointOptions& options) {
   Facts facts;
   utsname system{};
   ::uname(&system);
@@ -193,11 +192,11 @@ Facts read_facts(const fs::path& root, const Environment& environment, const std
       text_in(root / "sys/devices/system/clocksource/clocksource0/current_clocksource");
   facts.clock_synchronised = is_clock_synchronised();
   facts.interfaces = interfaces(root);
-  const std::string leading = address_towards(towards.empty() ? "192.0.2.1" : towards);
-  for (const NetworkInterface& one : facts.interfaces)
-    if (one.address == leading) facts.leading_interface = one.name;
+  choose_interface(options, facts);
   facts.rdma_devices = names_in(root / "sys/class/infiniband", "");
   facts.gpus = names_in(root / "proc/driver/nvidia/gpus", "");
+  for (const Engine engine : {Engine::ucx, Engine::mpi, Engine::zmq})
+    facts.engines.emplace(name_of(engine), unavailable(engine));
   for (const char* name : kCodeChoices)
     if (const auto found = environment.find(name); found != environment.end())
       facts.code_choices.insert(*found);

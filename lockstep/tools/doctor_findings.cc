@@ -106,15 +106,19 @@ void about_engines(const Facts& facts, std::vector<Finding>& findings) {
 
 Finding about_network(const Facts& facts) {
   std::vector<std::string> names;
-  for (const NetworkInterface& one : facts.interfaces)
-    names.push_back(fmt::format(
-        "{} {}{}{}", one.name, one.address,
-        one.megabits_per_s > 0 ? fmt::format(" {} Mbit/s", one.megabits_per_s) : "",
-        one.name == facts.leading_interface ? " (used: the way to the other nodes)" : ""));
+  for (const NetworkInterface& one : facts.interfaces) {
+    names.push_back(one.name + ' ' + one.address);
+    if (one.megabits_per_s > 0) names.back() += fmt::format(" {} Mbit/s", one.megabits_per_s);
+    if (one.name == facts.used_interface)
+      names.back() += fmt::format(" (used: {})", facts.why_used);
+  }
   for (const std::string& device : facts.rdma_devices) names.push_back(device + " (RDMA)");
-  return unless(facts.leading_interface.empty(), Verdict::warning, "network",
-                names.empty() ? "loopback alone" : fmt::format("{}", fmt::join(names, ", ")),
-                "no interface leads to other nodes: this one can only work alone");
+  if (facts.used_interface == "lo") names.push_back(fmt::format("lo (used: {})", facts.why_used));
+  const std::string text =
+      names.empty() ? "loopback alone" : fmt::format("{}", fmt::join(names, ", "));
+  if (!facts.used_interface.empty()) return {Verdict::ok, "network", text};
+  return {Verdict::warning, "network", fmt::format("{}: {}", text, facts.why_used),
+          "without a way to other nodes this one can only work alone"};
 }
 
 Finding about_exactness(const Facts& facts) {

@@ -31,7 +31,8 @@ Facts healthy() {
   facts.shmem_huge_pages = "advise";
   facts.clock_source = "tsc";
   facts.interfaces = {{"eth0", "10.0.0.1", 1000}};
-  facts.leading_interface = "eth0";
+  facts.used_interface = "eth0";
+  facts.why_used = "it leads to node0";
   facts.engines = {{"ucx", ""}, {"mpi", "not in this build"}, {"zmq", ""}};
   facts.has_worker = true;
   return facts;
@@ -52,7 +53,7 @@ TEST(DoctorTest, AHealthyMachineHasNoComplaints) {
   EXPECT_THAT(complaints(healthy()), ::testing::IsEmpty());
   const std::string text = text_of(findings_of(healthy()));
   EXPECT_THAT(text, HasSubstr("A Processor, 4 of 4 cores, kernels for avx512"));
-  EXPECT_THAT(text, HasSubstr("eth0 10.0.0.1 1000 Mbit/s (used: the way to the other nodes)"));
+  EXPECT_THAT(text, HasSubstr("eth0 10.0.0.1 1000 Mbit/s (used: it leads to node0)"));
   EXPECT_THAT(text, HasSubstr("not to be had: not in this build"));
   EXPECT_EQ(text.find("hint:"), text.npos);
 }
@@ -79,7 +80,8 @@ TEST(DoctorTest, EachFaultIsNamedOnce) {
   alone([](Facts& f) { f.processes = 100; }, "warning processes: 100");
   alone([](Facts& f) { f.rdma_devices = {"mlx5_0"}; }, "warning locked memory: 8.00 MiB");
   alone([](Facts& f) { f.clock_source = "hpet"; }, "warning clock: hpet");
-  alone([](Facts& f) { f.leading_interface = ""; }, "warning network: eth0 10.0.0.1 1000 Mbit/s");
+  alone([](Facts& f) { f.used_interface = "", f.why_used = "no way to 'x'"; },
+        "warning network: eth0 10.0.0.1 1000 Mbit/s: no way to 'x'");
   alone(
       [](Facts& f) {
         f.code_choices = {{"MKL_CBWR", "AVX2"}};
@@ -125,7 +127,8 @@ TEST(DoctorTest, FactsAreReadBelowAFolder) {
   write("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always within_size [never] deny\n");
   write("sys/devices/system/clocksource/clocksource0/current_clocksource", "hpet\n");
   write("sys/class/infiniband/mlx5_0/node_type", "1: CA\n");
-  const Facts facts = read_facts(root, {{"MKL_CBWR", "AVX2"}, {"HOME", "/"}}, "127.0.0.1");
+  const Facts facts =
+      read_facts(root, {{"MKL_CBWR", "AVX2"}, {"HOME", "/"}}, {.towards = "127.0.0.1"});
   fs::remove_all(root);
   EXPECT_EQ(facts.processor, "A Processor");
   EXPECT_EQ(facts.available_memory.bytes, 2u << 20);
@@ -135,7 +138,7 @@ TEST(DoctorTest, FactsAreReadBelowAFolder) {
   EXPECT_EQ(facts.shm_folder, 0u);
   EXPECT_EQ(facts.rdma_devices, std::vector<std::string>{"mlx5_0"});
   EXPECT_EQ(facts.code_choices, (std::map<std::string, std::string>{{"MKL_CBWR", "AVX2"}}));
-  EXPECT_EQ(facts.leading_interface, "") << "loopback leads to no other node";
+  EXPECT_EQ(facts.used_interface + ": " + facts.why_used, "lo: it leads to 127.0.0.1");
   EXPECT_EQ(facts.no_segment + facts.no_pidfd, "");
   EXPECT_GE(facts.cores, 1);
 }
