@@ -166,9 +166,10 @@ def openmpi_ways():
 
 
 WAYS = {
-    "tcp": {f"{way}, {f'buffers of {size >> 20} MB' if size else 'default buffers'}":
-            (way, str(size))
-            for way in ("spin", "poll", "threads") for size in (0, 1 << 20, 4 << 20, 16 << 20)},
+    "tcp": {f"{way}, {f'buffers of {size >> 10} KB' if size else 'default buffers'}, in pieces of "
+            f"{piece >> 10} KB": (way, str(size), str(piece))
+            for way in ("spin", "poll", "threads") for size in (0, 4 << 20)
+            for piece in (32 << 10, 64 << 10, 128 << 10, 256 << 10, 16 << 20)},
     "gloo": {f"{devices} devices, in {parts} parts": (",".join(["eth0"] * devices), str(parts))
              for devices in (1, 2) for parts in (1, 2, 4)},
     "openmpi": openmpi_ways(),

@@ -3,10 +3,12 @@
 // least. Timed in the same way as the others: batches of exchanges after a barrier, a batch as long
 // as on the slower rank, the median over batches.
 //
-//   tcp RANK ADDRESS WAY BUFFER_BYTES exchange:BYTES:BATCH:BATCHES …   a JSON line each on rank 0
+//   tcp RANK ADDRESS WAY BUFFER PIECE exchange:BYTES:BATCH:BATCHES …   a JSON line each on rank 0
 //
 // ADDRESS is rank 0's. WAY: spin (never sleeps), poll, or threads (one sends, one receives, both
-// block). BUFFER_BYTES: of the socket, each way; 0: what the kernel chooses.
+// block). BUFFER: bytes of the socket's, each way; 0: what the kernel chooses. PIECE: bytes that
+// one call sends or receives at most: small ones are still in the cache when the other side copies
+// them.
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -50,7 +52,7 @@ std::size_t advanced(ssize_t moved) {
 
 class Peer {
  public:
-  Peer(int fd, Way way) : fd_(fd), way_(way) {}
+  Peer(int fd, Way way, std::size_t piece) : fd_(fd), way_(way), piece_(piece) {}
 
   void exchange(const std::vector<char>& out, std::vector<char>& in, std::size_t bytes) {
     if (way_ == Way::threads && bytes >= kThreadsFrom) return in_two_threads(out, in, bytes);
@@ -59,12 +61,13 @@ class Peer {
     while (sent < bytes || received < bytes) {
       std::size_t step = 0;
       if (sent < bytes) {
-        step = advanced(::send(fd_, out.data() + sent, bytes - sent, flags | MSG_NOSIGNAL));
+        step = advanced(
+            ::send(fd_, out.data() + sent, std::min(piece_, bytes - sent), flags | MSG_NOSIGNAL));
         sent += step;
       }
       if (received < bytes) {
         const std::size_t more =
-            advanced(::recv(fd_, in.data() + received, bytes - received, flags));
+            advanced(::recv(fd_, in.data() + received, std::min(piece_, bytes - received), flags));
         received += more;
         step += more;
       }
@@ -83,15 +86,18 @@ class Peer {
   void in_two_threads(const std::vector<char>& out, std::vector<char>& in, std::size_t bytes) {
     std::thread sender([&] {
       for (std::size_t sent = 0; sent < bytes;)
-        sent += advanced(::send(fd_, out.data() + sent, bytes - sent, MSG_NOSIGNAL));
+        sent +=
+            advanced(::send(fd_, out.data() + sent, std::min(piece_, bytes - sent), MSG_NOSIGNAL));
     });
     for (std::size_t received = 0; received < bytes;)
-      received += advanced(::recv(fd_, in.data() + received, bytes - received, MSG_WAITALL));
+      received += advanced(
+          ::recv(fd_, in.data() + received, std::min(piece_, bytes - received), MSG_WAITALL));
     sender.join();
   }
 
   const int fd_;
   const Way way_;
+  const std::size_t piece_;
 };
 
 // Before the connection, so that the window can be as large.
@@ -132,14 +138,20 @@ int connect_to(int rank, const char* address, int buffer_bytes) {
 
 void measure(Peer& peer, int rank, const std::string& operation, std::size_t bytes, long batch,
              std::size_t batches) {
-  std::vector<char> out(bytes, static_cast<char>(rank + 1)), in(bytes), token(1);
-  for (long i = 0; i < std::max(batch, 5L); ++i) peer.exchange(out, in, bytes);
-  check(in == std::vector<char>(bytes, static_cast<char>(2 - rank)), "wrong bytes came");
+  std::vector<char> data(bytes, static_cast<char>(rank + 1)), token(1);
+  {
+    std::vector<char> in(bytes);
+    peer.exchange(data, in, bytes);
+    check(in == std::vector<char>(bytes, static_cast<char>(2 - rank)), "wrong bytes came");
+  }
+  // From now on what comes goes to where the other's came from, as in an all_reduce in place: half
+  // the memory to touch.
+  for (long i = 0; i < std::max(batch, 5L); ++i) peer.exchange(data, data, bytes);
   std::vector<double> us(batches);
   for (double& mean : us) {
     peer.exchange(std::vector<char>(1), token, 1);
     const auto begin = Clock::now();
-    for (long i = 0; i < batch; ++i) peer.exchange(out, in, bytes);
+    for (long i = 0; i < batch; ++i) peer.exchange(data, data, bytes);
     mean = std::chrono::duration<double, std::micro>(Clock::now() - begin).count() / batch;
   }
   std::vector<char> mine(batches * sizeof(double)), others(mine.size());
@@ -159,12 +171,16 @@ void measure(Peer& peer, int rank, const std::string& operation, std::size_t byt
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 6) return 2;
+  if (argc < 7) return 2;
   const int rank = std::atoi(argv[1]);
   const std::string way = argv[3];
   const int fd = connect_to(rank, argv[2], std::atoi(argv[4]));
-  Peer peer(fd, way == "spin" ? Way::spin : way == "poll" ? Way::poll : Way::threads);
-  for (int i = 5; i < argc; ++i) {
+  Peer peer(fd,
+            way == "spin"   ? Way::spin
+            : way == "poll" ? Way::poll
+                            : Way::threads,
+            std::strtoull(argv[5], nullptr, 10));
+  for (int i = 6; i < argc; ++i) {
     char operation[32];
     std::size_t bytes = 0, batches = 0;
     long batch = 0;
