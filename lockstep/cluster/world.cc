@@ -216,20 +216,23 @@ void World::State::make_groups(const std::vector<std::string>& addresses) {
     return fmt::format("generation {} is over{}", generation,
                        next && next->number > generation ? ": " + next->reason : "");
   };
-  if (place.local_rank < *std::ranges::min_element(local_sizes)) {
-    std::vector<std::string> carriers;
-    int first = 0;
-    for (const int size : local_sizes) {
-      carriers.push_back(
-          from_base64(addresses.at(static_cast<std::size_t>(first + place.local_rank))));
-      first += size;
-    }
-    across = make_remote_group(endpoint->connect(carriers, node,
-                                                 {.generation = place.generation,
-                                                  .deadline = Deadline::after(options.timeout)}),
-                               options);
-  }
-  group = make_hierarchical_group({local, across, local_sizes, node}, options);
+  options.local_ranks = place.local_size;
+  options.on_choice = [this](const std::string& choice) {
+    if (place.rank == 0) events->emit({{"event", "message"}, {"text", choice}});
+  };
+  std::vector<std::string> decoded;
+  for (const std::string& address : addresses) decoded.push_back(from_base64(address));
+  const std::shared_ptr<Group> everyone = make_remote_group(
+      endpoint->connect(
+          decoded, place.rank,
+          {.generation = place.generation, .deadline = Deadline::after(options.timeout)}),
+      options);
+  const int carriers = *std::ranges::min_element(local_sizes);
+  const bool carries = place.local_rank < carriers;
+  across = std::ranges::all_of(local_sizes, [](int size) { return size == 1; })
+               ? everyone
+               : everyone->split(carries ? place.local_rank : -1, node, {.tag = "carriers"});
+  group = make_hierarchical_group({local, across, local_sizes, node, everyone}, options);
 }
 
 namespace {
