@@ -91,20 +91,35 @@ void SharedWeights::State::collect(int index) {
 }
 
 void SharedWeights::State::accumulate(const Compute& compute) {
-  const BinaryKernel add = kernels().binary(Dtype::float32, Reduction::sum);
   std::ranges::fill(losses, VirtualLoss{});
   integers_digest = 0;
+  if (nodes) begin_reduction();
   for (const AccumulateStep& step : plan.steps) {
     bear_gradients_in(step.slot);
     restore_buffers();
+    if (nodes && &step == &plan.steps.back()) nodes->last_step = &step;
     const VirtualLoss loss = compute(step.virtual_rank);
     world.made_progress();
     losses[static_cast<std::size_t>(step.virtual_rank)] = loss;
     if (loss.weight > 0) keep_integers();
+    if (nodes && nodes->streams) {
+      if (loss.weight == 0)
+        throw Error("shared_weights: a virtual rank without samples has no last_backward()");
+      stream_rest();
+      continue;
+    }
     collect(step.slot);
     if (loss.weight == 0) std::ranges::fill(slot(step.slot), 0.0f);
-    for (int top = step.slot; top > step.slot - step.merges; --top)
-      add(slot(top - 1).data(), slot(top - 1).data(), slot(top).data(), spec.elements);
+    merge(step, 0, spec.elements);
+  }
+}
+
+void SharedWeights::State::merge(const AccumulateStep& step, std::uint64_t begin,
+                                 std::uint64_t end) {
+  const BinaryKernel add = kernels().binary(Dtype::float32, Reduction::sum);
+  for (int top = step.slot; top > step.slot - step.merges; --top) {
+    float* const sum = slot(top - 1).data() + begin;
+    add(sum, sum, slot(top).data() + begin, end - begin);
   }
 }
 
@@ -171,6 +186,7 @@ SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
 // The module goes on as one of its own. What this rank has contributed stays for the next
 // generation, if there can be one.
 SharedWeights::~SharedWeights() {
+  state_->queue.reset();  // its calls use the module's contributions
   try {
     state_->view->make_private();
     if (!state_->world.is_elastic()) state_->world.release(state_->slots_name());
@@ -181,6 +197,12 @@ SharedWeights::~SharedWeights() {
 void SharedWeights::compute(const Compute& compute) {
   state_->faults.at(Point::start, committed_step() + 1);
   state_->accumulate(compute);
+}
+
+void SharedWeights::last_backward() {
+  if (!state_->nodes || state_->nodes->last_step == nullptr) return;
+  state_->nodes->streams = true;
+  state_->nodes->arrived.assign(state_->trained.size(), false);
 }
 
 void SharedWeights::contribute(double weight) {
@@ -194,6 +216,7 @@ void SharedWeights::contribute(double weight) {
     throw ConfigError(fmt::format("shared_weights: weight {} is out of range", weight),
                       "a weight is finite and not negative, such as the number of samples");
   std::ranges::fill(s.losses, VirtualLoss{});
+  if (s.nodes) s.begin_reduction();
   s.losses[static_cast<std::size_t>(s.run().lo)].weight = weight;
   s.integers_digest = 0;
   if (weight > 0) s.keep_integers();
@@ -214,6 +237,7 @@ StepOutcome SharedWeights::decide(bool measure) {
   s.faults.at(Point::computed, next);
   s.shared->seal(s.world.local_rank(), next);
   s.faults.at(Point::sealed, next);
+  if (s.nodes) s.finish_reduction();
 
   // Every number stands at one rank and is zero at the others: adding them up is exact.
   std::vector<double> numbers(2 * s.losses.size() + 5 * ranks);
@@ -227,13 +251,14 @@ StepOutcome SharedWeights::decide(bool measure) {
   of_ranks.magnitudes[rank] = magnitude;
   of_ranks.moves[rank] = s.world.next_generation_is_due() ? 1 : 0;
   of_ranks.stops[rank] = s.world.stop_requested() ? 1 : 0;
+  // Whoever comes here has its part of the reduced gradient: from here on every node can make the
+  // step, whichever decides it.
   s.group().all_reduce(std::as_writable_bytes(std::span(numbers)), Dtype::float64, Reduction::sum,
                        {.tag = "losses"});
   for (std::size_t v = 0; v < s.losses.size(); ++v)
     s.losses[v] = {numbers[2 * v], numbers[2 * v + 1]};
   s.check_numbers(of_ranks);
   s.settle_integers(of_ranks.integers);
-  if (s.nodes) s.reduce_across();
   s.decided = plan_step(s.spec, s.last,
                         {.groups = s.groups,
                          .runs = s.summands.runs,
@@ -250,15 +275,9 @@ StepOutcome SharedWeights::decide(bool measure) {
                       .next_generation = std::ranges::all_of(of_ranks.moves, is_set),
                       .stop = std::ranges::any_of(of_ranks.stops, is_set)};
   for (const VirtualLoss& loss : s.losses) outcome.loss_sum += loss.sum;
-  const bool measures = measure || s.options.clip_grad_norm > 0 || !sum_is_finite(sum);
-  if (measures) {
-    if (s.nodes) s.local().barrier({.tag = "reduced gradients"});
+  if (measure || s.options.clip_grad_norm > 0 || !sum_is_finite(sum)) {
     s.updater->measure(s.decided, s.contributions(), s.local_rank());
-  }
-  // From here on every node can make the step, whichever decides it.
-  if (measures || s.nodes)
-    s.group().barrier({.tag = measures ? "gradient norm" : "reduced gradients"});
-  if (measures) {
+    s.local().barrier({.tag = "gradient norm"});
     const double squares = s.updater->squares();
     if (!std::isfinite(squares))
       throw NonFiniteError(next, "the sum of all ranks' gradients and buffers is not finite");

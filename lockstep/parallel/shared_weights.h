@@ -123,6 +123,9 @@ class SharedWeights {
   // by. No samples: it does nothing and returns zero.
   using Compute = std::function<VirtualLoss(int virtual_rank)>;
   void compute(const Compute& compute);
+  // Within compute(), where a virtual rank's last backward() follows: across nodes its gradients
+  // travel while it runs. Without it they do when all of them are there.
+  void last_backward();
   // Where virtual ranks are ranks: the gradients that backward() has left, of a mean over `weight`.
   void contribute(double weight);
   // Collective. Everyone's contributions are complete; what the step does is fixed. Throws Error on

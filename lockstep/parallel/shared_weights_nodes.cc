@@ -9,6 +9,7 @@
 #include "lockstep/base/hash.h"
 #include "lockstep/bridge/dtypes.h"
 #include "lockstep/memory/generation_board.h"
+#include "lockstep/parallel/gradient_buckets.h"
 #include "lockstep/parallel/shared_weights_state.h"
 
 namespace lockstep {
@@ -189,25 +190,110 @@ void SharedWeights::State::place_reduction() {
                                .combined = {}});
   if (world.across_group() != nullptr)
     nodes->combined.resize(nodes->plans.size() * kPieceElements * sizeof(float));
+  place_buckets();
   const std::span<float> values = reduced.values();
   summands = {.runs = {{0, tree.virtual_ranks}},
               .places = {static_cast<std::uint64_t>(segment->offset_of(values.data()))},
               .values = {values}};
 }
 
-// Everybody's contributions are sealed: this carrier's part of them becomes that of all nodes.
-void SharedWeights::State::reduce_across() {
+void SharedWeights::State::place_buckets() {
+  std::vector<BucketItem> items;
+  for (const auto& entry : parameters.entries)
+    items.push_back({.bytes = entry.count * sizeof(float)});
+  nodes->bucket_of.resize(items.size());
+  std::uint64_t end = parameters.total;
+  for (const std::vector<std::size_t>& bucket :
+       plan_buckets(items, kPieceElements * sizeof(float))) {
+    const std::size_t first = std::ranges::min(bucket);
+    for (const std::size_t parameter : bucket) nodes->bucket_of[parameter] = nodes->buckets.size();
+    nodes->buckets.push_back({parameters.entries[first].offset, end, bucket.size()});
+    end = parameters.entries[first].offset;
+  }
+  if (buffers.total != 0)
+    nodes->buckets.push_back({parameters.total, spec.elements, 1});  // they are there at the end
+  hooks.emplace(parts.trained,
+                BackwardHooks::Calls{.gradient = [this](std::size_t i) { stream(i); }});
+  queue.emplace(local());
+}
+
+void SharedWeights::State::begin_reduction() {
+  if (nodes->sent != 0) queue->wait();  // of a step that was given up
+  nodes->sent = 0;
+  nodes->streams = false;
+  nodes->last_step = nullptr;
+  for (NodesReduction::Bucket& bucket : nodes->buckets) bucket.missing = bucket.parameters;
+}
+
+// In one order on every rank, as far as everything is there.
+void SharedWeights::State::send_ready() {
+  while (nodes->sent < nodes->buckets.size() && nodes->buckets[nodes->sent].missing == 0)
+    queue->submit(
+        [this, &bucket = nodes->buckets[nodes->sent++]](Group&) { reduce_across(bucket); });
+}
+
+void SharedWeights::State::finish_reduction() {
+  for (NodesReduction::Bucket& bucket : nodes->buckets) bucket.missing = 0;
+  send_ready();
+  queue->wait();
+  nodes->sent = 0;
+  nodes->last_step = nullptr;
+  if (world.across_group() != nullptr)
+    nodes->reduced.complete(local_rank(), static_cast<std::size_t>(carriers_of(world)),
+                            last.step + 1);
+}
+
+// In backward: a gradient of this step is there.
+void SharedWeights::State::stream(std::size_t parameter) {
+  if (!nodes->streams) return;
+  if (nodes->arrived[parameter])
+    throw Error(
+        fmt::format("shared_weights: parameter '{}' has got a gradient after the backward() "
+                    "that was said to be the last",
+                    parts.trained[parameter].name));
+  nodes->arrived[parameter] = true;
+  const AccumulateStep& step = *nodes->last_step;
+  const at::NoGradGuard no_grad;
+  copy_into(std::as_writable_bytes(slot(step.slot)).first(parameters.bytes()), parameters,
+            parameter, trained[parameter].grad());
+  const auto& entries = parameters.entries;
+  merge(step, entries[parameter].offset,
+        parameter + 1 < entries.size() ? entries[parameter + 1].offset : parameters.total);
+  --nodes->buckets[nodes->bucket_of[parameter]].missing;
+  send_ready();
+}
+
+// After it: what got no gradient, and the buffers.
+void SharedWeights::State::stream_rest() {
+  for (std::size_t i = 0; i < trained.size(); ++i)
+    if (!nodes->arrived[i]) stream(i);
+  for (const at::Tensor& parameter : trained) parameter.mutable_grad() = at::Tensor();
+  nodes->streams = false;
+  if (buffers.total == 0) return;
+  const AccumulateStep& step = *nodes->last_step;
+  copy_into(std::as_writable_bytes(slot(step.slot).subspan(parameters.total)), buffers,
+            float_buffers);
+  merge(step, parameters.total, spec.elements);
+  nodes->buckets.back().missing = 0;
+  send_ready();
+}
+
+// On the queue's thread. All of the node's ranks have contributed to this bucket: this carrier's
+// part of it becomes that of all nodes.
+void SharedWeights::State::reduce_across(const NodesReduction::Bucket& bucket) {
+  if (world.local_size() > 1) local().barrier({.tag = "gradients"});
   Group* const across = world.across_group();
   if (across == nullptr) return;
   const int carriers = carriers_of(world);
-  const std::uint64_t end = bound(spec.elements, world.local_rank() + 1, carriers, 16);
+  const std::uint64_t size = bucket.end - bucket.begin;
+  const std::uint64_t end = bucket.begin + bound(size, world.local_rank() + 1, carriers, 16);
   std::vector<const std::byte*> from(nodes->local.values.size());
-  for (std::uint64_t begin = bound(spec.elements, world.local_rank(), carriers, 16); begin < end;
-       begin += kPieceElements) {
+  for (std::uint64_t begin = bucket.begin + bound(size, world.local_rank(), carriers, 16);
+       begin < end; begin += kPieceElements) {
     const std::uint64_t count = std::min(kPieceElements, end - begin);
     const std::span<std::byte> result =
         std::as_writable_bytes(nodes->reduced.values().subspan(begin, count));
-    // What is one already is added up where the sum goes, and the others' to it.
+    // What the node has in one is added up where the sum goes.
     const std::span<std::byte> combined =
         nodes->plans.size() == 1
             ? result
@@ -224,7 +310,6 @@ void SharedWeights::State::reduce_across() {
     across->tree_all_reduce(combined, result, Dtype::float32, nodes->tree, {.tag = "gradients"});
     world.made_progress();
   }
-  nodes->reduced.complete(local_rank(), static_cast<std::size_t>(carriers), last.step + 1);
 }
 
 // Buffers that are no numbers to average are rank 0's on every node. A node whose first rank had

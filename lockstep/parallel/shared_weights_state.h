@@ -12,8 +12,10 @@
 #include <string>
 #include <vector>
 
+#include "lockstep/bridge/backward_hooks.h"
 #include "lockstep/bridge/direct_gradients.h"
 #include "lockstep/cluster/fault_injector.h"
+#include "lockstep/collective/comm_queue.h"
 #include "lockstep/collective/reduce.h"
 #include "lockstep/memory/read_only.h"
 #include "lockstep/memory/segment.h"
@@ -56,14 +58,27 @@ struct Summands {
   std::vector<std::span<const float>> values;
 };
 
-// A rank's part in reducing contributions over several nodes.
+// A rank's part in reducing contributions over several nodes. Buckets of elements travel one after
+// the other, on the queue's thread: the last parameters first, as backward finishes them.
 struct NodesReduction {
+  struct Bucket {
+    std::uint64_t begin = 0, end = 0;  // elements
+    std::size_t parameters = 0;
+    std::size_t missing = 1;  // gradients of this step that are not there yet
+  };
   TreeLayout tree;                  // a run a node
   std::vector<CombinePlan> plans;   // what this node's ranks have becomes what the node has
   Summands local;                   // of this node's ranks
   ReducedGradient reduced;          // of all nodes
   std::vector<std::byte> combined;  // a piece of what the node has
   Reducer reducer = {};
+  std::vector<Bucket> buckets = {};
+  std::vector<std::size_t> bucket_of = {};  // parameters
+  std::size_t sent = 0;                     // buckets of this step
+  // The backward under way is the step's last one on this rank: its gradients travel at once.
+  const AccumulateStep* last_step = nullptr;
+  bool streams = false;
+  std::vector<bool> arrived = {};  // parameters, in it
 };
 
 inline void copy_bytes(std::span<std::byte> to, std::span<const std::byte> from) {
@@ -103,6 +118,8 @@ struct SharedWeights::State {
   double integers_digest = 0;  // 0: nothing was computed
   std::vector<VirtualLoss> losses;
   FaultInjector faults;
+  std::optional<BackwardHooks> hooks;  // with nodes
+  std::optional<CommQueue> queue;      // with nodes; goes first: its calls use what stands above
 
   State(torch::nn::Module& module, const World& world, std::span<const ParameterGroup> groups,
         const SharedWeightsOptions& options);
@@ -156,7 +173,14 @@ struct SharedWeights::State {
   void pass_values(Group& carriers, int source, std::span<const std::span<std::byte>> values);
   std::vector<std::span<std::byte>> values() const;
   void place_reduction();
-  void reduce_across();
+  void place_buckets();
+  void reduce_across(const NodesReduction::Bucket& bucket);
+  void begin_reduction();
+  void finish_reduction();
+  void send_ready();
+  void merge(const AccumulateStep& step, std::uint64_t begin, std::uint64_t end);
+  void stream(std::size_t parameter);
+  void stream_rest();
   void settle_integers(std::span<const double> digests);
   void copy_buffers_home(std::uint64_t step);
   void refresh_integers();
