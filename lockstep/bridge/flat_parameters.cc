@@ -55,8 +55,10 @@ void zero_padding_after(std::span<std::byte> memory, const ParameterLayout& layo
   if (next > end) std::memset(memory.data() + end * size, 0, (next - end) * size);
 }
 
-void copy_one(std::span<std::byte> memory, const ParameterLayout& layout, std::size_t entry,
-              const at::Tensor& tensor) {
+}  // namespace
+
+void copy_into(std::span<std::byte> memory, const ParameterLayout& layout, std::size_t entry,
+               const at::Tensor& tensor) {
   LOCKSTEP_CHECK(!tensor.defined() || tensor.sizes() == layout.entries[entry].shape,
                  "a tensor must have its entry's shape");
   const std::span<std::byte> place = place_of(memory, layout, entry);
@@ -72,8 +74,6 @@ void copy_one(std::span<std::byte> memory, const ParameterLayout& layout, std::s
   }
   zero_padding_after(memory, layout, entry);
 }
-
-}  // namespace
 
 std::vector<NamedTensor> named_parameters(const torch::nn::Module& module) {
   return without_twins(module.named_parameters());
@@ -135,7 +135,7 @@ void copy_into(std::span<std::byte> memory, const ParameterLayout& layout,
                std::span<const at::Tensor> tensors) {
   check_memory(memory, layout, tensors.size());
   const at::NoGradGuard no_grad;
-  for (std::size_t i = 0; i < tensors.size(); ++i) copy_one(memory, layout, i, tensors[i]);
+  for (std::size_t i = 0; i < tensors.size(); ++i) copy_into(memory, layout, i, tensors[i]);
 }
 
 void gather_gradients(std::span<const at::Tensor> parameters, const ParameterLayout& layout,

@@ -68,6 +68,9 @@ void live_in(std::span<std::byte> memory, const ParameterLayout& layout,
 // lives in its place already costs nothing. Sparse tensors arrive dense.
 void copy_into(std::span<std::byte> memory, const ParameterLayout& layout,
                std::span<const at::Tensor> tensors);
+// The same for the tensor of one entry, under a NoGradGuard.
+void copy_into(std::span<std::byte> memory, const ParameterLayout& layout, std::size_t entry,
+               const at::Tensor& tensor);
 
 // copy_into() for each parameter's .grad. Leaves every .grad undefined, so that the next backward
 // hands over its own buffer again.

@@ -121,6 +121,14 @@ AccumulatePlan plan_accumulation(VirtualRange run, int virtual_ranks) {
 }
 
 CombinePlan plan_combination(const std::vector<VirtualRange>& runs, int virtual_ranks) {
+  std::vector<CombinePlan> plans = plan_partial_combination(runs, virtual_ranks);
+  LOCKSTEP_CHECK(plans.size() == 1 && runs.front().lo == 0 && runs.back().hi == virtual_ranks,
+                 "the runs leave out a virtual rank");
+  return std::move(plans.front());
+}
+
+std::vector<CombinePlan> plan_partial_combination(const std::vector<VirtualRange>& runs,
+                                                  int virtual_ranks) {
   Contributions contributions;
   for (std::size_t rank = 0; rank < runs.size(); ++rank) {
     const auto subtrees = maximal_subtrees(runs[rank], virtual_ranks);
@@ -128,9 +136,13 @@ CombinePlan plan_combination(const std::vector<VirtualRange>& runs, int virtual_
       contributions[{subtrees[slot].lo, subtrees[slot].hi}] = {.rank = static_cast<int>(rank),
                                                                .slot = static_cast<int>(slot)};
   }
-  CombinePlan plan;
-  plan.stack_depth = combine({0, virtual_ranks}, contributions, plan);
-  return plan;
+  std::vector<CombinePlan> plans;
+  for (const VirtualRange subtree :
+       maximal_subtrees({runs.front().lo, runs.back().hi}, virtual_ranks)) {
+    CombinePlan& plan = plans.emplace_back();
+    plan.stack_depth = combine(subtree, contributions, plan);
+  }
+  return plans;
 }
 
 }  // namespace lockstep

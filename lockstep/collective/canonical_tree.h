@@ -54,5 +54,9 @@ struct CombinePlan {
   int stack_depth = 0;
 };
 CombinePlan plan_combination(const std::vector<VirtualRange>& runs, int virtual_ranks);
+// How the contributions of some neighbours, a node's ranks, become the maximal subtrees of what
+// they have together: a plan for each, from left to right. `runs`: theirs; push.rank counts them.
+std::vector<CombinePlan> plan_partial_combination(const std::vector<VirtualRange>& runs,
+                                                  int virtual_ranks);
 
 }  // namespace lockstep

@@ -48,6 +48,24 @@ std::vector<std::string> accumulate_symbols(const AccumulatePlan& plan) {
   return slots;
 }
 
+// Runs a combination plan on the ranks' symbols.
+std::string combine_symbols(const CombinePlan& plan,
+                            const std::vector<std::vector<std::string>>& slots) {
+  std::vector<std::string> stack;
+  for (const CombineStep& step : plan.steps) {
+    if (step.kind == CombineStep::Kind::push) {
+      stack.push_back(slots.at(step.rank).at(step.slot));
+      EXPECT_LE(static_cast<int>(stack.size()), plan.stack_depth);
+    } else {
+      const std::string top = stack.back();
+      stack.pop_back();
+      stack.back() = added(stack.back(), top);
+    }
+  }
+  EXPECT_EQ(stack.size(), 1u);
+  return stack.front();
+}
+
 TEST(CanonicalTreeTest, SplitsAtTheLargestPowerOfTwoBelow) {
   EXPECT_EQ(split_point({0, 2}), 1);
   EXPECT_EQ(split_point({0, 3}), 2);
@@ -91,21 +109,37 @@ TEST(CanonicalTreeTest, EveryPartitionCombinesToTheSameTree) {
       std::vector<std::vector<std::string>> slots;
       for (const VirtualRange run : runs)
         slots.push_back(accumulate_symbols(plan_accumulation(run, virtual_ranks)));
-      const CombinePlan plan = plan_combination(runs, virtual_ranks);
-      std::vector<std::string> stack;
-      for (const CombineStep& step : plan.steps) {
-        if (step.kind == CombineStep::Kind::push) {
-          stack.push_back(slots.at(step.rank).at(step.slot));
-          ASSERT_LE(static_cast<int>(stack.size()), plan.stack_depth);
-        } else {
-          ASSERT_GE(stack.size(), 2u);
-          const std::string top = stack.back();
-          stack.pop_back();
-          stack.back() = added(stack.back(), top);
-        }
-      }
-      ASSERT_EQ(stack, std::vector<std::string>{tree_text({0, virtual_ranks})})
+      ASSERT_EQ(combine_symbols(plan_combination(runs, virtual_ranks), slots),
+                tree_text({0, virtual_ranks}))
           << virtual_ranks << " virtual ranks, " << workers << " workers";
+    }
+  }
+}
+
+// Nodes of any sizes: each adds up what its ranks have, and then all do.
+TEST(CanonicalTreeTest, NodesOfAnySizesCombineToTheSameTree) {
+  for (int virtual_ranks = 1; virtual_ranks <= kMax; ++virtual_ranks) {
+    for (int workers = 1; workers <= std::min(virtual_ranks, 8); ++workers) {
+      const auto runs = partition_virtual_ranks(virtual_ranks, workers);
+      for (int cut = 0; cut < 1 << (workers - 1); ++cut) {  // its bits: where a node ends
+        std::vector<VirtualRange> nodes;
+        std::vector<std::vector<std::string>> reduced;
+        for (int first = 0, rank = 0; rank < workers; ++rank) {
+          if (rank + 1 < workers && (cut >> rank & 1) == 0) continue;
+          const std::vector<VirtualRange> theirs(runs.begin() + first, runs.begin() + rank + 1);
+          std::vector<std::vector<std::string>> slots;
+          for (const VirtualRange run : theirs)
+            slots.push_back(accumulate_symbols(plan_accumulation(run, virtual_ranks)));
+          nodes.push_back({theirs.front().lo, theirs.back().hi});
+          reduced.emplace_back();
+          for (const CombinePlan& plan : plan_partial_combination(theirs, virtual_ranks))
+            reduced.back().push_back(combine_symbols(plan, slots));
+          first = rank + 1;
+        }
+        ASSERT_EQ(combine_symbols(plan_combination(nodes, virtual_ranks), reduced),
+                  tree_text({0, virtual_ranks}))
+            << virtual_ranks << " virtual ranks, " << workers << " workers, cut " << cut;
+      }
     }
   }
 }

@@ -104,10 +104,11 @@ State::Agreement Replicas::end_step(const World& world) {
   impl_->in_step = false;
   ++step_;
   if (!world.is_elastic()) return {};
-  std::int32_t flags[2] = {world.next_generation_is_due() ? 1 : 0, world.stop_requested() ? 1 : 0};
+  // All take up the next generation together: when each has heard of it.
+  std::int32_t flags[2] = {world.next_generation_is_due() ? 0 : 1, world.stop_requested() ? 1 : 0};
   world.group().all_reduce(std::as_writable_bytes(std::span(flags)), Dtype::int32, Reduction::max,
                            {.tag = "the end of a step"});
-  return {flags[0] != 0, flags[1] != 0};
+  return {flags[0] == 0, flags[1] != 0};
 }
 
 End run_steps(const World& world, State& state, const std::function<bool()>& step) {

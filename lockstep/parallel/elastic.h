@@ -68,8 +68,8 @@ class State {
   friend End run_steps(const World& world, State& state, const std::function<bool()>& step);
 };
 
-// One copy of weights and optimizer on the node, whatever happens to its workers; the same bits for
-// any number of them (shared_weights.h).
+// One copy of weights and optimizer on each node, whatever happens to its workers; the same bits
+// for any number of them (shared_weights.h).
 template <typename Holder>
 class Shared final : public State {
  public:
@@ -88,7 +88,8 @@ class Shared final : public State {
     model_.reset();
     make_(world);
     step_ = model_->weights().committed_step();
-    return model_->weights().origin().found ? "segment" : "start";
+    const WeightsOrigin& origin = model_->weights().origin();
+    return origin.from_peer ? "peer" : origin.found ? "segment" : "start";
   }
   void leave() override { model_.reset(); }
   void begin_step() override {}

@@ -7,9 +7,11 @@
 #include <torch/nn/modules/linear.h>
 #include <unistd.h>
 
+#include <barrier>
 #include <functional>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -23,30 +25,47 @@ namespace lockstep {
 
 // --- Ranks ---
 
-// Runs every rank in a thread and rethrows the first rank's exception.
-inline void run_ranks(int size, const std::function<void(const World&)>& body,
+// Runs every rank in a thread, on nodes with so many each, and rethrows the first rank's exception.
+inline void run_nodes(const std::vector<int>& local_sizes,
+                      const std::function<void(const World&)>& body,
                       Clock::duration timeout = std::chrono::seconds(60)) {
-  const auto segment = Segment::create({.seats = size, .arena_bytes = 64 << 20});
+  const int size = std::accumulate(local_sizes.begin(), local_sizes.end(), 0);
   std::vector<std::exception_ptr> errors(static_cast<std::size_t>(size));
+  std::vector<std::string> told(errors.size());
+  std::barrier all_told(size);
+  const Exchange exchange = [&](const Place& place, const std::string& text) {
+    told[static_cast<std::size_t>(place.rank)] = text;
+    all_told.arrive_and_wait();
+    return told;
+  };
+  std::vector<std::shared_ptr<Segment>> segments;
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < size; ++rank)
-    threads.emplace_back([&, rank] {
-      try {
-        const Place place{.launcher = Launcher::lockstep,
-                          .rank = rank,
-                          .size = size,
-                          .local_rank = rank,
-                          .local_size = size,
-                          .segment_fd = ::dup(segment->fd()),
-                          .job_id = "test"};
-        body(init_from(place, {.timeout = timeout}));
-      } catch (...) {
-        errors[static_cast<std::size_t>(rank)] = std::current_exception();
-      }
-    });
+  for (const int local_size : local_sizes) {
+    segments.push_back(Segment::create({.seats = local_size, .arena_bytes = 64 << 20}));
+    for (int local_rank = 0; local_rank < local_size; ++local_rank)
+      threads.emplace_back([&, local_size, local_rank, rank = static_cast<int>(threads.size()),
+                            fd = ::dup(segments.back()->fd())] {
+        try {
+          Place place{.launcher = Launcher::lockstep, .rank = rank, .size = size};
+          place.local_rank = local_rank;
+          place.local_size = local_size;
+          place.segment_fd = fd;
+          place.job_id = "test";
+          place.several_nodes = local_sizes.size() > 1;
+          body(init_from(place, {.timeout = timeout, .exchange = exchange}));
+        } catch (...) {
+          errors[static_cast<std::size_t>(rank)] = std::current_exception();
+        }
+      });
+  }
   for (std::thread& thread : threads) thread.join();
   for (const std::exception_ptr& error : errors)
     if (error) std::rethrow_exception(error);
+}
+
+inline void run_ranks(int size, const std::function<void(const World&)>& body,
+                      Clock::duration timeout = std::chrono::seconds(60)) {
+  run_nodes({size}, body, timeout);
 }
 
 inline World alone() { return init_from({}, {}); }

@@ -72,7 +72,7 @@ void SharedWeights::State::keep_integers() {
   for (std::size_t i = 0; i < integers.entries.size(); ++i) {
     const auto live = bytes_of(parts.integer_buffers[i].tensor);
     digest = digest_of(live, digest);
-    if (world.rank() == 0) copy_bytes(integer_home(last.step + 1, i), live);
+    if (is_leader()) copy_bytes(integer_home(last.step + 1, i), live);
   }
   integers_digest = static_cast<double>(digest >> 12 | 1);
 }
@@ -91,20 +91,35 @@ void SharedWeights::State::collect(int index) {
 }
 
 void SharedWeights::State::accumulate(const Compute& compute) {
-  const BinaryKernel add = kernels().binary(Dtype::float32, Reduction::sum);
   std::ranges::fill(losses, VirtualLoss{});
   integers_digest = 0;
+  if (nodes) begin_reduction();
   for (const AccumulateStep& step : plan.steps) {
     bear_gradients_in(step.slot);
     restore_buffers();
+    if (nodes && &step == &plan.steps.back()) nodes->last_step = &step;
     const VirtualLoss loss = compute(step.virtual_rank);
     world.made_progress();
     losses[static_cast<std::size_t>(step.virtual_rank)] = loss;
     if (loss.weight > 0) keep_integers();
+    if (nodes && nodes->streams) {
+      if (loss.weight == 0)
+        throw Error("shared_weights: a virtual rank without samples has no last_backward()");
+      stream_rest();
+      continue;
+    }
     collect(step.slot);
     if (loss.weight == 0) std::ranges::fill(slot(step.slot), 0.0f);
-    for (int top = step.slot; top > step.slot - step.merges; --top)
-      add(slot(top - 1).data(), slot(top - 1).data(), slot(top).data(), spec.elements);
+    merge(step, 0, spec.elements);
+  }
+}
+
+void SharedWeights::State::merge(const AccumulateStep& step, std::uint64_t begin,
+                                 std::uint64_t end) {
+  const BinaryKernel add = kernels().binary(Dtype::float32, Reduction::sum);
+  for (int top = step.slot; top > step.slot - step.merges; --top) {
+    float* const sum = slot(top - 1).data() + begin;
+    add(sum, sum, slot(top).data() + begin, end - begin);
   }
 }
 
@@ -153,8 +168,7 @@ SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
   State& s = *state_;
   if (world.size() > 1)
     check_same_module(world.group(), named_parameters(module), named_buffers(module));
-  s.place_weights(initial);
-  if (s.origin.found) s.finish_old_step();
+  s.take_up(initial);
   s.point_module();
   s.place_contributions();
   s.refresh_integers();
@@ -172,6 +186,7 @@ SharedWeights::SharedWeights(torch::nn::Module& module, const World& world,
 // The module goes on as one of its own. What this rank has contributed stays for the next
 // generation, if there can be one.
 SharedWeights::~SharedWeights() {
+  state_->queue.reset();  // its calls use the module's contributions
   try {
     state_->view->make_private();
     if (!state_->world.is_elastic()) state_->world.release(state_->slots_name());
@@ -182,6 +197,12 @@ SharedWeights::~SharedWeights() {
 void SharedWeights::compute(const Compute& compute) {
   state_->faults.at(Point::start, committed_step() + 1);
   state_->accumulate(compute);
+}
+
+void SharedWeights::last_backward() {
+  if (!state_->nodes || state_->nodes->last_step == nullptr) return;
+  state_->nodes->streams = true;
+  state_->nodes->arrived.assign(state_->trained.size(), false);
 }
 
 void SharedWeights::contribute(double weight) {
@@ -195,6 +216,7 @@ void SharedWeights::contribute(double weight) {
     throw ConfigError(fmt::format("shared_weights: weight {} is out of range", weight),
                       "a weight is finite and not negative, such as the number of samples");
   std::ranges::fill(s.losses, VirtualLoss{});
+  if (s.nodes) s.begin_reduction();
   s.losses[static_cast<std::size_t>(s.run().lo)].weight = weight;
   s.integers_digest = 0;
   if (weight > 0) s.keep_integers();
@@ -209,15 +231,13 @@ StepOutcome SharedWeights::decide(bool measure) {
   const auto ranks = static_cast<std::size_t>(s.world.size());
   const auto rank = static_cast<std::size_t>(s.world.rank());
   const std::uint64_t next = s.last.step + 1;
-  if (rank == 0 && s.integers_digest == 0)  // no samples: they stay
-    for (std::size_t i = 0; i < s.integers.entries.size(); ++i)
-      copy_bytes(s.integer_home(next, i), bytes_of(s.committed_integers[i]));
   double magnitude = 0;
   for (std::size_t i = 0; i < s.contributed; ++i)
     magnitude += max_magnitude(s.slot(static_cast<int>(i)));
   s.faults.at(Point::computed, next);
-  s.shared->seal(s.world.rank(), next);
+  s.shared->seal(s.world.local_rank(), next);
   s.faults.at(Point::sealed, next);
+  if (s.nodes) s.finish_reduction();
 
   // Every number stands at one rank and is zero at the others: adding them up is exact.
   std::vector<double> numbers(2 * s.losses.size() + 5 * ranks);
@@ -231,31 +251,33 @@ StepOutcome SharedWeights::decide(bool measure) {
   of_ranks.magnitudes[rank] = magnitude;
   of_ranks.moves[rank] = s.world.next_generation_is_due() ? 1 : 0;
   of_ranks.stops[rank] = s.world.stop_requested() ? 1 : 0;
+  // Whoever comes here has its part of the reduced gradient: from here on every node can make the
+  // step, whichever decides it.
   s.group().all_reduce(std::as_writable_bytes(std::span(numbers)), Dtype::float64, Reduction::sum,
                        {.tag = "losses"});
   for (std::size_t v = 0; v < s.losses.size(); ++v)
     s.losses[v] = {numbers[2 * v], numbers[2 * v + 1]};
   s.check_numbers(of_ranks);
+  s.settle_integers(of_ranks.integers);
   s.decided = plan_step(s.spec, s.last,
                         {.groups = s.groups,
-                         .runs = s.tree.runs,
-                         .places = s.places,
+                         .runs = s.summands.runs,
+                         .places = s.summands.places,
                          .losses = s.losses,
-                         .slices = s.world.size()});
+                         .slices = s.world.local_size()});
 
   double sum = 0;
   for (const double one : of_ranks.magnitudes) sum += one;
-  const auto any = [](std::span<const double> of) {
-    return std::ranges::any_of(of, [](double one) { return one != 0; });
-  };
+  const auto is_set = [](double one) { return one != 0; };
+  // A node hears of the next generation before or after another: all of them take it up together.
   StepOutcome outcome{.step = next,
                       .weight = s.decided.total_weight,
-                      .next_generation = any(of_ranks.moves),
-                      .stop = any(of_ranks.stops)};
+                      .next_generation = std::ranges::all_of(of_ranks.moves, is_set),
+                      .stop = std::ranges::any_of(of_ranks.stops, is_set)};
   for (const VirtualLoss& loss : s.losses) outcome.loss_sum += loss.sum;
   if (measure || s.options.clip_grad_norm > 0 || !sum_is_finite(sum)) {
-    s.updater->measure(s.decided, {s.contributions, s.spec.elements}, rank);
-    s.group().barrier({.tag = "gradient norm"});
+    s.updater->measure(s.decided, s.contributions(), s.local_rank());
+    s.local().barrier({.tag = "gradient norm"});
     const double squares = s.updater->squares();
     if (!std::isfinite(squares))
       throw NonFiniteError(next, "the sum of all ranks' gradients and buffers is not finite");
@@ -268,16 +290,16 @@ StepOutcome SharedWeights::decide(bool measure) {
 void SharedWeights::update(std::span<const std::byte> note) {
   State& s = *state_;
   const std::uint64_t step = s.decided.step;
-  if (s.world.rank() == 0) {
+  if (s.is_leader()) {
     if (!note.empty()) copy_bytes(s.note(step), note);
     s.shared->decide(s.decided);
     s.faults.at(Point::decided, step);  // the others do not know yet
   }
-  s.group().barrier({.tag = "decided"});
+  s.local().barrier({.tag = "decided"});
   s.faults.at(Point::decided, step);
-  s.updater->run(s.decided, {s.contributions, s.spec.elements},
-                 static_cast<std::size_t>(s.world.rank()), s.faults_within(Point::updating, step));
-  s.group().barrier({.tag = "updated"});
+  s.updater->run(s.decided, s.contributions(), s.local_rank(),
+                 s.faults_within(Point::updating, step));
+  s.local().barrier({.tag = "updated"});
   s.shared->commit(s.decided);
   s.last = s.decided;
   s.refresh_integers();
@@ -328,9 +350,15 @@ std::vector<std::uint64_t> SharedWeights::group_steps() const {
 
 void SharedWeights::edit(const std::function<void()>& edit) {
   State& s = *state_;
+  const bool several = s.world.local_sizes().size() > 1;
+  const auto set_state = [&](KeptState state) {
+    if (s.is_leader()) set_kept_state(*s.segment, s.kept, state);
+  };
   s.group().barrier({.tag = "edit_weights"});
+  set_state(KeptState::edited);
+  // While values differ between nodes, none of them is whole that has the old ones.
+  if (several) s.group().barrier({.tag = "edit_weights"});
   if (s.world.rank() == 0) {
-    set_kept_state(*s.segment, s.kept, KeptState::edited);
     s.view->set_writable(true);
     try {
       const at::NoGradGuard no_grad;
@@ -338,12 +366,15 @@ void SharedWeights::edit(const std::function<void()>& edit) {
       s.copy_buffers_home(s.last.step);
     } catch (...) {
       s.view->set_writable(false);
-      set_kept_state(*s.segment, s.kept, KeptState::whole);
+      set_state(KeptState::whole);
       throw;
     }
     s.view->set_writable(false);
-    set_kept_state(*s.segment, s.kept, KeptState::whole);
   }
+  if (several && s.world.across_group() != nullptr)
+    s.pass_values(*s.world.across_group(), 0, s.values());
+  if (several) s.local().barrier({.tag = "weights edited"});
+  set_state(KeptState::whole);
   s.group().barrier({.tag = "weights edited"});
   s.refresh_integers();
   s.restore_buffers();

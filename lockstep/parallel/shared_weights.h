@@ -1,7 +1,7 @@
-// Data parallelism over one copy of the weights: weights and optimizer state live once in the
+// Data parallelism over one copy of the weights: weights and optimizer state live once in each
 // node's shared memory, every rank's module points into it, and each rank updates a slice of them
-// from all ranks' gradients. docs/shared-weights.md explains how, and why a rank may be killed at
-// any instant.
+// from all ranks' gradients. docs/shared-weights.md explains how, and why a rank, or a node, may be
+// killed at any instant.
 //
 //   auto model = shared_weights(net, Adam({.lr = 1e-3}), world);
 //   for (auto& batch : *loader) {
@@ -50,7 +50,7 @@ struct SharedWeightsOptions {
   double clip_grad_norm = 0;  // of the mean gradient; 0: off
   Precision precision = Precision::fp32;
   // Bytes that are kept with the weights, zeroed at first: the caller's, of no meaning here. A note
-  // changes with every step, as the weights do; the log is written between steps, by rank 0.
+  // changes with every step, as the weights do; the log is written between steps, by local rank 0.
   std::size_t note_bytes = 0, log_bytes = 0;
   // Which of the job's weights these are, where they are made again in another generation
   // (World::claim_kept()); none: new ones.
@@ -70,6 +70,7 @@ struct StepOutcome {
 // How these weights began.
 struct WeightsOrigin {
   bool found = false;          // by earlier workers of the job; else they are new
+  bool from_peer = false;      // found: some node had none, or older ones, and took another's
   bool finished_step = false;  // found: the step under way was decided, and has been made whole
   std::string reason;          // found: what became of that step, in words
 };
@@ -104,15 +105,17 @@ class SharedWeights {
   // Collective. Compares the modules over the ranks; the values are rank 0's. Every parameter that
   // requires a gradient is in one group; the others are shared, too, and never change. Throws
   // ConfigError naming a parameter that is in no group or two, or is not dense fp32 on the CPU.
-  // Where the job's earlier workers have left these weights, they are taken up as they were
-  // committed, and the step that was being made when the last generation ended is made whole or
-  // discarded; else they begin with the values of rank 0's module, or with `initial`.
+  // Where the job's earlier workers have left these weights, on any node, they are taken up as they
+  // were committed, and the step that was being made when the last generation ended is made whole
+  // or discarded; else they begin with the values of rank 0's module, or with `initial`.
   SharedWeights(torch::nn::Module& module, const World& world, std::vector<ParameterGroup> groups,
                 const SharedWeightsOptions& options = {}, const InitialState* initial = nullptr);
   // All parameters in one group.
   SharedWeights(torch::nn::Module& module, const World& world, const OptimizerOptions& optimizer,
                 const SharedWeightsOptions& options = {}, const InitialState* initial = nullptr);
   ~SharedWeights();
+  // Collective. Whether some node has such weights (SharedWeightsOptions::kept), whole.
+  static bool are_kept(const World& world, int kept);
 
   // --- A step: compute() or contribute(), then decide(), then update() ---
   // This rank's virtual ranks, in order: before each, buffers are as they were committed; compute()
@@ -120,6 +123,9 @@ class SharedWeights {
   // by. No samples: it does nothing and returns zero.
   using Compute = std::function<VirtualLoss(int virtual_rank)>;
   void compute(const Compute& compute);
+  // Within compute(), where a virtual rank's last backward() follows: across nodes its gradients
+  // travel while it runs. Without it they do when all of them are there.
+  void last_backward();
   // Where virtual ranks are ranks: the gradients that backward() has left, of a mean over `weight`.
   void contribute(double weight);
   // Collective. Everyone's contributions are complete; what the step does is fixed. Throws Error on

@@ -91,37 +91,52 @@ SharedWeights::State::State(torch::nn::Module& module, const World& w,
   segment = world.segment();
 }
 
-// Rank 0 makes the memory, with its own values, unless the job has it already.
-void SharedWeights::State::place_weights(const InitialState* initial) {
-  const SharedLayout layout =
-      SharedLayout::of(spec, segment->seats(), integers.bytes() + options.note_bytes);
-  const std::size_t bytes =
-      (layout.total_bytes() + frozen.bytes() + 63) / 64 * 64 + options.log_bytes;
-  origin.found = !text_of_rank_0(world, [&]() -> std::string {
-                    const auto found = lockstep::kept(*segment, kept);
-                    if (found && found->state == KeptState::whole) return "found";
-                    if (found && found->state == KeptState::edited && initial == nullptr)
-                      throw Error(
-                          "the shared weights were being edited when rank 0 died, and there "
-                          "is no checkpoint");
-                    make_weights(layout, bytes, initial);
-                    set_kept_state(*segment, kept, KeptState::whole);
-                    return "";
-                  }).empty();
+SharedLayout SharedWeights::State::layout() const {
+  return SharedLayout::of(spec, segment->seats(), integers.bytes() + options.note_bytes);
+}
+
+std::size_t SharedWeights::State::memory_bytes() const {
+  return (layout().total_bytes() + frozen.bytes() + 63) / 64 * 64 + options.log_bytes;
+}
+
+// Weights that the job has are taken up, from another node if need be; else rank 0 makes them, with
+// its own values.
+void SharedWeights::State::take_up(const InitialState* initial) {
+  using Action = NodesPlan::Action;
+  const std::vector<NodeState> nodes_found = node_states();
+  const NodesPlan plan = plan_nodes(nodes_found);
+  const Action mine = plan.actions[static_cast<std::size_t>(world.node())];
+  origin.found = !plan.any(Action::make);
+  if (!origin.found) {
+    if (initial == nullptr &&
+        std::ranges::any_of(nodes_found, [](auto& one) { return one.edited != 0; }))
+      throw Error(
+          "the shared weights were being edited when rank 0 died, and there is no checkpoint");
+    text_of_rank_0(world, [&]() -> std::string {
+      make_weights(initial);
+      set_kept_state(*segment, kept, KeptState::whole);
+      return "";
+    });
+  }
+  if (mine == Action::make) attach();
+  if (origin.found) finish_old_step(plan);
+  if (plan.any(Action::take_weights)) take_weights(plan);
+}
+
+void SharedWeights::State::attach() {
   const auto found = lockstep::kept(*segment, kept);
-  if (!found || found->memory.size() < bytes)
+  if (!found || found->memory.size() < memory_bytes())
     throw Error(
         fmt::format("the shared weights have {} bytes, this module needs {}: every worker "
                     "needs the same module and optimizer",
-                    found ? found->memory.size() : 0, bytes));
+                    found ? found->memory.size() : 0, memory_bytes()));
   memory = found->memory;
-  shared = SharedState::attach(memory, layout);
+  shared = SharedState::attach(memory, layout());
   last = shared->record(shared->committed(), spec);
   updater.emplace(spec, *shared);
 }
 
-void SharedWeights::State::make_weights(const SharedLayout& layout, std::size_t bytes,
-                                        const InitialState* initial) {
+void SharedWeights::State::make_weights(const InitialState* initial) {
   const int virtual_ranks = options.virtual_ranks == 0 ? world.most_size() : options.virtual_ranks;
   last = first_record(spec, virtual_ranks);
   if (initial != nullptr) {
@@ -134,8 +149,8 @@ void SharedWeights::State::make_weights(const SharedLayout& layout, std::size_t 
     for (std::size_t i = 0; i < groups.size(); ++i)
       last.groups.items[i].steps = initial->group_steps[i];
   }
-  memory = keep(*segment, kept, bytes, "the shared weights");
-  shared = SharedState::create(memory, spec, layout, last);
+  memory = keep(*segment, kept, memory_bytes(), "the shared weights");
+  shared = SharedState::create(memory, spec, layout(), last);
   const auto weights = std::as_writable_bytes(shared->weights());
   copy_into(weights.first(parameters.bytes()), parameters, trained);
   copy_into(frozen_bytes(), frozen, tensors_of(parts.frozen));
@@ -143,32 +158,40 @@ void SharedWeights::State::make_weights(const SharedLayout& layout, std::size_t 
   if (initial != nullptr) initial->fill(state_tensors(), note(last.step), log());
 }
 
-// What the last generation had decided is made whole, by all of this one.
-void SharedWeights::State::finish_old_step() {
-  const RecoveryState found = recovery_state(*shared, spec);
-  const RecoveryPlan plan = plan_recovery(found, static_cast<std::size_t>(world.size()));
-  origin.reason = plan.reason;
-  origin.finished_step = plan.action == RecoveryPlan::Action::finish;
-  if (origin.finished_step) {
-    last = shared->record(found.decided, spec);
-    std::vector<std::span<const float>> ranks;
-    for (std::size_t rank = 0; rank < last.places.size; ++rank) {
-      const int slots =
-          std::max(1, plan_accumulation(last.runs.items[rank], int(last.losses.size)).slots);
-      const std::size_t count = static_cast<std::size_t>(slots) * spec.elements;
-      const std::uint64_t place = last.places.items[rank];
-      const auto bytes = segment->at(place, count * sizeof(float));
-      if (place % alignof(float) != 0)
-        throw Error(fmt::format("the record of step {} is damaged: a contribution at {}", last.step,
-                                place));
-      ranks.push_back({reinterpret_cast<const float*>(bytes.data()), count});
+// What the last generation had decided is made whole, by all of this one: on each node by its own.
+void SharedWeights::State::finish_old_step(const NodesPlan& plan) {
+  using Action = NodesPlan::Action;
+  origin.finished_step = plan.any(Action::finish) || plan.any(Action::take_record);
+  origin.from_peer = plan.any(Action::take_weights);
+  if (plan.any(Action::take_record)) take_record(plan);
+  if (plan.actions[static_cast<std::size_t>(world.node())] != Action::take_weights) {
+    const RecoveryState found = recovery_state(*shared, spec);
+    const RecoveryPlan tasks = plan_recovery(found, static_cast<std::size_t>(world.local_size()));
+    origin.reason = tasks.reason;
+    if (tasks.action == RecoveryPlan::Action::finish) {
+      last = shared->record(found.decided, spec);
+      std::vector<std::span<const float>> ranks;
+      for (std::size_t rank = 0; rank < last.places.size; ++rank)
+        ranks.push_back(
+            contribution_at(last.places.items[rank],
+                            maximal_subtrees(last.runs.items[rank], int(last.losses.size)).size()));
+      recover(*updater, tasks, local_rank(), {ranks, spec.elements},
+              faults_within(Point::recovering, last.step));
     }
-    recover(*updater, plan, static_cast<std::size_t>(world.rank()), {ranks, spec.elements},
-            faults_within(Point::recovering, last.step));
+    faults.at(Point::recovering, found.committed + 1);
   }
-  faults.at(Point::recovering, found.committed + 1);
+  if (!plan.reason.empty()) origin.reason += (origin.reason.empty() ? "" : "; ") + plan.reason;
   group().barrier({.tag = "recovery"});
-  if (origin.finished_step) shared->commit(last);
+  if (shared) shared->commit(last);
+}
+
+std::span<const float> SharedWeights::State::contribution_at(std::uint64_t place,
+                                                             std::size_t slots_there) const {
+  const std::size_t count = std::max<std::size_t>(1, slots_there) * spec.elements;
+  const auto bytes = segment->at(place, count * sizeof(float));
+  if (place % alignof(float) != 0)
+    throw Error(fmt::format("a step's record is damaged: a contribution at {}", place));
+  return {reinterpret_cast<const float*>(bytes.data()), count};
 }
 
 void SharedWeights::State::point_module() {
@@ -209,12 +232,15 @@ void SharedWeights::State::place_contributions() {
   // They outlive the group: whoever finishes the step in the next generation reads them.
   slots = world.lasting(slots_name(), count * sizeof(float));
   const auto mine = static_cast<std::uint64_t>(segment->offset_of(slots.data()));
-  places.resize(static_cast<std::size_t>(world.size()));
-  group().all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(places)),
-                     Dtype::int64, {.tag = "gradients"});
-  for (const std::uint64_t place : places)
-    contributions.push_back(
-        {reinterpret_cast<const float*>(segment->at(place, slots.size()).data()), count});
+  const auto first = tree.runs.begin() + (world.rank() - world.local_rank());
+  summands.runs.assign(first, first + world.local_size());
+  summands.places.resize(summands.runs.size());
+  local().all_gather(std::as_bytes(std::span(&mine, 1)),
+                     std::as_writable_bytes(std::span(summands.places)), Dtype::int64,
+                     {.tag = "gradients"});
+  for (const std::uint64_t place : summands.places)
+    summands.values.push_back(contribution_at(place, static_cast<std::size_t>(most)));
+  if (world.local_sizes().size() > 1) place_reduction();
   direct.emplace(trained);
 }
 

@@ -2,7 +2,7 @@
 // layer; owned by one SharedWeights and used by its thread.
 //
 // Files: shared_weights_setup.cc (sorting the module's tensors, placing them), shared_weights.cc
-// (the steps).
+// (the steps), shared_weights_nodes.cc (what several nodes do together).
 #pragma once
 
 #include <cstring>
@@ -12,11 +12,16 @@
 #include <string>
 #include <vector>
 
+#include "lockstep/bridge/backward_hooks.h"
 #include "lockstep/bridge/direct_gradients.h"
 #include "lockstep/cluster/fault_injector.h"
+#include "lockstep/collective/comm_queue.h"
+#include "lockstep/collective/reduce.h"
 #include "lockstep/memory/read_only.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/parallel/shared_weights.h"
+#include "lockstep/update/recovery.h"
+#include "lockstep/update/reduced_gradient.h"
 #include "lockstep/update/slice_update.h"
 
 namespace lockstep {
@@ -43,6 +48,37 @@ struct RankNumbers {
         magnitudes(all.subspan(2 * options.size(), options.size())),
         moves(all.subspan(3 * options.size(), options.size())),
         stops(all.last(options.size())) {}
+};
+
+// What an update adds up, as a step's record names it: on one node every rank's contribution; where
+// there are several, the one that the nodes have reduced together.
+struct Summands {
+  std::vector<VirtualRange> runs;
+  std::vector<std::uint64_t> places;
+  std::vector<std::span<const float>> values;
+};
+
+// A rank's part in reducing contributions over several nodes. Buckets of elements travel one after
+// the other, on the queue's thread: the last parameters first, as backward finishes them.
+struct NodesReduction {
+  struct Bucket {
+    std::uint64_t begin = 0, end = 0;  // elements
+    std::size_t parameters = 0;
+    std::size_t missing = 1;  // gradients of this step that are not there yet
+  };
+  TreeLayout tree;                  // a run a node
+  std::vector<CombinePlan> plans;   // what this node's ranks have becomes what the node has
+  Summands local;                   // of this node's ranks
+  ReducedGradient reduced;          // of all nodes
+  std::vector<std::byte> combined;  // a piece of what the node has
+  Reducer reducer = {};
+  std::vector<Bucket> buckets = {};
+  std::vector<std::size_t> bucket_of = {};  // parameters
+  std::size_t sent = 0;                     // buckets of this step
+  // The backward under way is the step's last one on this rank: its gradients travel at once.
+  const AccumulateStep* last_step = nullptr;
+  bool streams = false;
+  std::vector<bool> arrived = {};  // parameters, in it
 };
 
 inline void copy_bytes(std::span<std::byte> to, std::span<const std::byte> from) {
@@ -74,19 +110,25 @@ struct SharedWeights::State {
   TreeLayout tree;
   AccumulatePlan plan;
   std::span<std::byte> slots;
-  std::vector<std::uint64_t> places;                  // of the contributions, by rank
-  std::vector<std::span<const float>> contributions;  // by rank
-  std::size_t contributed = 0;                        // slots that this rank hands in
+  Summands summands;
+  std::size_t contributed = 0;          // slots that this rank hands in
+  std::optional<NodesReduction> nodes;  // where there are several
   std::optional<DirectGradients> direct;
   int direct_slot = -1;
   double integers_digest = 0;  // 0: nothing was computed
   std::vector<VirtualLoss> losses;
   FaultInjector faults;
+  std::optional<BackwardHooks> hooks;  // with nodes
+  std::optional<CommQueue> queue;      // with nodes; goes first: its calls use what stands above
 
   State(torch::nn::Module& module, const World& world, std::span<const ParameterGroup> groups,
         const SharedWeightsOptions& options);
 
   Group& group() const { return world.group(); }
+  Group& local() const { return world.local_group(); }
+  bool is_leader() const { return world.local_rank() == 0; }  // of its node
+  std::size_t local_rank() const { return static_cast<std::size_t>(world.local_rank()); }
+  Contributions contributions() const { return {summands.values, spec.elements}; }
   VirtualRange run() const { return tree.runs[static_cast<std::size_t>(world.rank())]; }
   std::span<float> slot(int index) const {
     return {
@@ -114,11 +156,32 @@ struct SharedWeights::State {
     return weights.subspan(parameters.bytes(), buffers.bytes());
   }
 
-  void place_weights(const InitialState* initial);
-  void make_weights(const SharedLayout& layout, std::size_t bytes, const InitialState* initial);
+  SharedLayout layout() const;
+  std::size_t memory_bytes() const;
+  int reduced_number() const;  // of keep()
+  void take_up(const InitialState* initial);
+  void make_weights(const InitialState* initial);
+  void attach();
   void point_module();
-  void finish_old_step();
+  void finish_old_step(const NodesPlan& plan);
+  std::span<const float> contribution_at(std::uint64_t place, std::size_t slots) const;
   void place_contributions();
+  // Across nodes; all collective.
+  std::vector<NodeState> node_states();
+  void take_record(const NodesPlan& plan);
+  void take_weights(const NodesPlan& plan);
+  void pass_values(Group& carriers, int source, std::span<const std::span<std::byte>> values);
+  std::vector<std::span<std::byte>> values() const;
+  void place_reduction();
+  void place_buckets();
+  void reduce_across(const NodesReduction::Bucket& bucket);
+  void begin_reduction();
+  void finish_reduction();
+  void send_ready();
+  void merge(const AccumulateStep& step, std::uint64_t begin, std::uint64_t end);
+  void stream(std::size_t parameter);
+  void stream_rest();
+  void settle_integers(std::span<const double> digests);
   void copy_buffers_home(std::uint64_t step);
   void refresh_integers();
   void restore_buffers();

@@ -51,6 +51,7 @@ std::vector<at::Tensor> values_after(const World& world, const std::vector<Param
     weights.compute([&](int virtual_rank) -> VirtualLoss {
       if (step == 2 && virtual_rank == skipped_rank) return {};
       const at::Tensor loss = loss_of(net, step, virtual_rank);
+      if (step != 1) weights.last_backward();
       loss.backward();
       return {loss.item<double>(), 6.0};
     });
@@ -73,7 +74,7 @@ std::vector<ParameterGroup> groups_of(WideNet& net, const OptimizerOptions& opti
           {{net->norm->weight, net->norm->bias, net->second->weight, net->second->bias}, other}};
 }
 
-TEST(SharedWeights, TheSameBitsOnAnyNumberOfRanks) {
+void expect_the_same_bits(const std::vector<std::vector<int>>& worlds) {
   const OptimizerOptions optimizers[] = {
       Adam{.lr = 1e-2}, SGD{.lr = 1e-2, .momentum = 0.9, .nesterov = true},
       AdamW{.lr = 1e-2, .weight_decay = 0.1},
@@ -82,18 +83,27 @@ TEST(SharedWeights, TheSameBitsOnAnyNumberOfRanks) {
     const double clip = i % 2 == 0 ? 0.5 : 0;
     const int skipped = i % 2 == 0 ? kVirtualRanks - 1 : -1;
     std::vector<at::Tensor> expected;
-    for (int size = 1; size <= kVirtualRanks; ++size)
-      run_ranks(size, [&](const World& world) {
-        WideNet net(world.rank());  // rank 0's values count
-        const auto values = values_after(world, groups_of(net, optimizers[i]), net, clip, skipped);
-        if (world.size() == 1) expected = values;
+    const auto train = [&](const World& world) {
+      WideNet net(world.rank());  // rank 0's values count
+      return values_after(world, groups_of(net, optimizers[i]), net, clip, skipped);
+    };
+    run_ranks(1, [&](const World& world) { expected = train(world); });
+    for (const std::vector<int>& local_sizes : worlds)
+      run_nodes(local_sizes, [&](const World& world) {
+        const auto values = train(world);
         ASSERT_EQ(values.size(), expected.size());
         for (std::size_t v = 0; v < values.size(); ++v)
           EXPECT_TRUE(at::equal(values[v], expected[v]))
-              << "optimizer " << i << ", rank " << world.rank() << " of " << size << ", value "
-              << v;
+              << "optimizer " << i << ", rank " << world.rank() << " of " << world.size()
+              << " on node " << world.node() << " of " << local_sizes.size() << ", value " << v;
       });
   }
+}
+
+TEST(SharedWeights, TheSameBitsOnAnyNumberOfRanks) { expect_the_same_bits({{2}, {3}, {4}}); }
+
+TEST(SharedWeights, TheSameBitsOnAnyNumberOfNodes) {
+  expect_the_same_bits({{1, 1}, {2, 2}, {3, 1}, {1, 2}, {1, 2, 1}, {1, 1, 1, 1}});
 }
 
 // What a user writes, against one process with torch::optim and the whole batch.

@@ -1,6 +1,6 @@
 // A run's progress as it lies beside the shared weights, for workers that take it up: a note that
-// is committed with every step, and a log of the epochs that are over, which rank 0 writes between
-// steps. Pure but for the memory it is given; one thread.
+// is committed with every step, and a log of the epochs that are over, which local rank 0 writes
+// between steps. Pure but for the memory it is given; one thread.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ StepNote note_of(const Progress& progress);
 
 // Of a log for so many epochs.
 std::size_t epoch_log_bytes(std::int64_t epochs);
-// Rank 0: the last of the epochs is over.
+// Local rank 0: these epochs are over.
 void write_log(std::span<std::byte> log, const std::vector<EpochSummary>& epochs);
 // After the step of the note, or after the epoch that it was the last step of, if the log says that
 // the epoch is over. Throws Error if the log is damaged.

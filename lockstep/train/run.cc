@@ -7,6 +7,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/observe/event.h"
+#include "lockstep/parallel/text_of_rank_0.h"
 #include "lockstep/train/events.h"
 #include "lockstep/train/kept_progress.h"
 #include "lockstep/train/progress.h"
@@ -38,6 +39,17 @@ SharedWeights make_weights(const World& world, const TrainerOptions& options, co
                         .log_bytes = epoch_log_bytes(epochs),
                         .kept = kept},
                        found.path.empty() ? nullptr : &initial);
+}
+
+// Nodes' logs may differ by an epoch whose end not all of them had written down: rank 0's counts.
+Progress kept_progress(const World& world, const SharedWeights& weights) {
+  if (world.local_sizes().size() == 1) return progress_from(weights.note(), weights.log());
+  std::string log = text_of_rank_0(world, [&] {
+    return std::string(reinterpret_cast<const char*>(weights.log().data()), weights.log().size());
+  });
+  Progress progress = progress_from(weights.note(), std::as_writable_bytes(std::span(log)));
+  if (world.local_rank() == 0) write_log(weights.log(), progress.epochs);
+  return progress;
 }
 
 TrainerOptions with_virtual_ranks(TrainerOptions options, int virtual_ranks) {
@@ -74,7 +86,7 @@ Run::Run(const World& world, const TrainerOptions& options, const Task& task,
                .partition = options.partition}),
       executor_(task, weights_, train, ledger_, options_, session.timer),
       snapshots_(world, snapshot_tensors(weights_, options)),
-      progress_(progress_from(weights_.note(), weights_.log())) {
+      progress_(kept_progress(world, weights_)) {
   if (progress_.step > 0) lr_ = learning_rate(schedule_, progress_.step - 1);
   if (!session.checkpoints)
     session.checkpoints.emplace(world, options_,
@@ -95,9 +107,10 @@ void Run::take_up() {
   recovered_ = {{"event", "recovered"},
                 {"generation", world_.generation()},
                 {"steps_redone", flags[0]},
-                {"source", weights_.origin().found ? "segment"
-                           : found_.path.empty()   ? "start"
-                                                   : "checkpoint"},
+                {"source", weights_.origin().from_peer ? "peer"
+                           : weights_.origin().found   ? "segment"
+                           : found_.path.empty()       ? "start"
+                                                       : "checkpoint"},
                 {"reason", weights_.origin().reason}};
 }
 
@@ -234,7 +247,7 @@ std::string Run::end_epoch() {
     write_snapshot();
     save_epoch(reason);
   }
-  if (world_.rank() == 0) write_log(weights_.log(), progress_.epochs);
+  if (world_.local_rank() == 0) write_log(weights_.log(), progress_.epochs);
   return reason;
 }
 

@@ -66,7 +66,8 @@ VirtualLoss StepExecutor::compute(const Step& step, const Ledger::Epoch& order, 
   for (std::uint64_t piece = 0; piece < pieces; ++piece) {
     const PositionRange part = even_part(range.size(), pieces, piece);
     const VirtualLoss loss =
-        compute_piece(step, order, {range.begin + part.begin, range.begin + part.end});
+        compute_piece(step, order, {range.begin + part.begin, range.begin + part.end},
+                      /*last=*/piece + 1 == pieces);
     sum.sum += loss.sum;
     sum.weight += loss.weight;
   }
@@ -74,7 +75,7 @@ VirtualLoss StepExecutor::compute(const Step& step, const Ledger::Epoch& order, 
 }
 
 VirtualLoss StepExecutor::compute_piece(const Step& step, const Ledger::Epoch& order,
-                                        PositionRange range) {
+                                        PositionRange range, bool last) {
   indices_.clear();
   for (std::uint64_t position = range.begin; position < range.end; ++position)
     indices_.push_back(order.index(position));
@@ -86,6 +87,7 @@ VirtualLoss StepExecutor::compute_piece(const Step& step, const Ledger::Epoch& o
   }();
   const double loss_sum = loss.sum.item<double>();
   timer_.mark(Phase::forward);
+  if (last && loss.weight > 0) weights_.last_backward();
   loss.sum.backward();
   timer_.mark(Phase::backward);
   return {loss_sum, loss.weight};

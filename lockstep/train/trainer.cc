@@ -6,7 +6,6 @@
 #include <nlohmann/json.hpp>
 
 #include "lockstep/base/error.h"
-#include "lockstep/memory/generation_board.h"
 #include "lockstep/observe/event.h"
 #include "lockstep/train/kept_progress.h"
 #include "lockstep/train/run.h"
@@ -88,8 +87,8 @@ FitReport Trainer::fit(const Task& task, const OptimizerOptions& optimizer,
   const auto in_this_generation = [&]() -> std::optional<FitReport> {
     TrainerOptions options = options_;
     FoundCheckpoint found;
-    const auto kept = lockstep::kept(*world_.segment(), session.kept);
-    if (!kept || kept->state != KeptState::whole) {  // else the run goes on with what is there
+    if (!SharedWeights::are_kept(world_,
+                                 session.kept)) {  // else the run goes on with what is there
       found = find(world_, options);
       if (options.virtual_ranks == 0) {
         options.virtual_ranks = world_.most_size();

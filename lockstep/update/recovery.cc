@@ -58,4 +58,42 @@ void recover(SliceUpdate& update, const RecoveryPlan& plan, std::size_t me,
     if (task.worker == me) update.run(record, contributions, task.slice, hook);
 }
 
+bool NodesPlan::any(Action action) const {
+  return std::ranges::find(actions, action) != actions.end();
+}
+
+NodesPlan plan_nodes(std::span<const NodeState> nodes) {
+  using Action = NodesPlan::Action;
+  NodesPlan plan;
+  const NodeState* newest = nullptr;
+  for (const NodeState& node : nodes)
+    if (node.whole != 0 && (newest == nullptr || node.decided > newest->decided)) newest = &node;
+  if (newest == nullptr) {
+    plan.actions.assign(nodes.size(), Action::take_weights);
+    plan.actions[0] = Action::make;
+    return plan;
+  }
+  plan.source = static_cast<int>(newest - nodes.data());
+  const std::uint64_t goal = newest->decided;
+  for (std::size_t i = 0; i < nodes.size(); ++i) {
+    const NodeState& node = nodes[i];
+    const bool behind = node.committed + 1 == goal;
+    Action action = Action::take_weights;
+    if (node.whole != 0 && node.committed == goal) action = Action::keep;
+    if (node.whole != 0 && behind && node.reduced == goal) action = Action::take_record;
+    if (node.whole != 0 && behind && node.decided == goal) action = Action::finish;
+    plan.actions.push_back(action);
+    if (action != Action::take_record && action != Action::take_weights) continue;
+    if (!plan.reason.empty()) plan.reason += ", ";
+    plan.reason +=
+        action == Action::take_record
+            ? fmt::format("node {} finishes step {} as node {} decided it", i, goal, plan.source)
+            : fmt::format("node {}, {}, takes step {} from node {}", i,
+                          node.whole != 0 ? fmt::format("at step {}", node.committed)
+                                          : std::string("without weights"),
+                          goal, plan.source);
+  }
+  return plan;
+}
+
 }  // namespace lockstep

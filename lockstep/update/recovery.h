@@ -50,4 +50,30 @@ RecoveryPlan plan_recovery(const RecoveryState& state, std::size_t workers);
 void recover(SliceUpdate& update, const RecoveryPlan& plan, std::size_t me,
              const Contributions& contributions, const SliceUpdate::Hook& hook = {});
 
+// --- Across nodes ---
+// Each node has weights of its own. A step is decided anywhere only when every node has the whole
+// reduced gradient: so a node that has not heard of the decision can still make the step.
+struct NodeState {
+  std::uint64_t whole = 0;   // 1: it has weights, of the steps that follow
+  std::uint64_t edited = 0;  // 1: they were being written to on purpose
+  std::uint64_t committed = 0;
+  std::uint64_t decided = 0;
+  std::uint64_t reduced = 0;  // ReducedGradient::step()
+};
+
+struct NodesPlan {
+  enum class Action {
+    make,         // nobody has weights: this node makes new ones
+    keep,         // it is as far as anybody
+    finish,       // it has decided the step that others have, and makes it whole
+    take_record,  // it finishes a step that others have decided, from the source's record
+    take_weights  // it has none, or older ones: the source's, when that has finished
+  };
+  std::vector<Action> actions;  // by node
+  int source = 0;
+  std::string reason;  // "": every node goes its own way
+  bool any(Action action) const;
+};
+NodesPlan plan_nodes(std::span<const NodeState> nodes);
+
 }  // namespace lockstep
