@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <csignal>
+#include <cstdlib>
 #include <functional>
 #include <ostream>
 #include <string>
@@ -42,6 +43,7 @@ struct Backend {
   std::string name;
   // Calls body as every one of `size` ranks. What it throws fails the test.
   std::function<void(int size, const Body& body)> run;
+  bool tells_of_an_end = true;  // of a peer
 };
 inline void PrintTo(const Backend& backend, std::ostream* out) { *out << backend.name; }
 
@@ -108,11 +110,32 @@ inline void run_processes(Engine engine, const EndpointOptions& options, int siz
   ::munmap(memory, sizeof(Shared));
 }
 
+// The processes that mpirun has started, of which the first `size` take part.
+inline void run_mpi(int size, const Body& body) {
+  static const auto endpoint = make_endpoint(Engine::mpi, {});
+  std::vector<std::string> addresses = exchange_by_mpi(endpoint->address());
+  const auto rank =
+      static_cast<int>(std::ranges::find(addresses, endpoint->address()) - addresses.begin());
+  ASSERT_GE(addresses.size(), size) << "mpirun -np";
+  addresses.resize(size);
+  try {
+    if (rank < size) body({*endpoint, addresses, rank});
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << "rank " << rank << ": " << error.what();
+  }
+  exchange_by_mpi("");
+}
+
 inline std::vector<Backend> backends() {
+  if (std::getenv("OMPI_COMM_WORLD_SIZE")) return {{"Mpi", run_mpi, false}};
   std::vector<Backend> all = {{"Loopback", run_loopback}};
   if (unavailable(Engine::ucx).empty())
     all.push_back(
         {"Ucx", [](int size, const Body& body) { run_processes(Engine::ucx, {}, size, body); }});
+  for (const auto& [name, key] : {std::pair("Zmq", "secret"), {"ZmqInTheClear", ""}})
+    all.push_back({name, [key = key](int size, const Body& body) {
+                     run_processes(Engine::zmq, {.key = key}, size, body);
+                   }});
   return all;
 }
 

@@ -11,5 +11,8 @@ namespace lockstep {
 
 std::string ucx_unavailable();
 std::unique_ptr<Endpoint> make_ucx_endpoint(const EndpointOptions& options);
+std::string mpi_unavailable();
+std::unique_ptr<Endpoint> make_mpi_endpoint();
+std::unique_ptr<Endpoint> make_zmq_endpoint(const EndpointOptions& options);
 
 }  // namespace lockstep

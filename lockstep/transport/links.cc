@@ -237,6 +237,16 @@ std::vector<LinkListener::Arrival> LinkListener::take(std::uint64_t generation) 
   return taken;
 }
 
+std::vector<LinkAddress> link_addresses(std::string_view engine,
+                                        const std::vector<std::string>& texts, int rank,
+                                        const LinkListener& listener) {
+  std::vector<LinkAddress> addresses;
+  for (const std::string& text : texts) addresses.push_back(LinkAddress::parse(engine, text));
+  LOCKSTEP_CHECK(rank >= 0 && rank < static_cast<int>(addresses.size()) &&
+                 addresses[rank].token == listener.address().token);
+  return addresses;
+}
+
 // Of two ranks the higher one calls.
 Links::Links(LinkListener& listener, std::string_view engine,
              const std::vector<LinkAddress>& addresses, int rank, std::uint64_t generation,
@@ -277,6 +287,8 @@ void Links::greet(int rank) {
   Greeting greeting = own_;
   greeting.to = addresses_[rank].token;
   write(rank, encode(greeting));
+  states_[rank].greeted = true;
+  if (states_[rank].farewell) say_farewell(rank, *states_[rank].farewell);
 }
 
 // Few bytes in an empty connection: they fit.
@@ -290,6 +302,8 @@ void Links::write(int rank, const std::vector<std::byte>& bytes) {
 }
 
 void Links::say_farewell(int rank, std::uint64_t number) {
+  states_[rank].farewell = number;
+  if (!states_[rank].greeted) return;
   std::vector<std::byte> bytes(kFarewellBytes);
   write_little_endian(number, bytes.data());
   write(rank, bytes);

@@ -77,6 +77,11 @@ class LinkListener {
   std::set<std::uint64_t> live_;
 };
 
+// Of all ranks' texts; `rank` is the listener's. Throws ConfigError.
+std::vector<LinkAddress> link_addresses(std::string_view engine,
+                                        const std::vector<std::string>& texts, int rank,
+                                        const LinkListener& listener);
+
 class Links {
  public:
   // Begins to reach all ranks; returns at once. `text`: of this rank's greeting.
@@ -95,7 +100,7 @@ class Links {
   bool complete() const { return greeted_ + 1 == static_cast<int>(states_.size()); }
   int fd() const { return epoll_.get(); }  // readable: progress() has something to do
   void progress();
-  // Tells the peer that this rank leaves in order, with a number for him.
+  // Tells the peer that this rank leaves in order, with a number for him; as soon as he is there.
   void say_farewell(int rank, std::uint64_t number);
 
  private:
@@ -103,6 +108,8 @@ class Links {
     Peer peer;
     Link link;
     bool connecting = false;
+    bool greeted = false;  // by us
+    std::optional<std::uint64_t> farewell;
   };
   void dial(int rank);
   void read(int rank);

@@ -27,7 +27,6 @@ class Tickets {
     LOCKSTEP_CHECK(ticket < operations_.size() && operations_[ticket], "no such operation");
     return *operations_[ticket];
   }
-  bool empty() const { return free_.size() == operations_.size(); }
   template <typename Function>
   void for_each(Function&& function) {
     for (auto& operation : operations_)

@@ -33,13 +33,28 @@ Engine engine_from(std::string_view name) {
 }
 
 std::string unavailable(Engine engine) {
-  if (engine == Engine::ucx) return ucx_unavailable();
-  return fmt::format("this build has no engine {}", name_of(engine));
+  switch (engine) {
+    case Engine::ucx:
+      return ucx_unavailable();
+    case Engine::mpi:
+      return mpi_unavailable();
+    case Engine::zmq:
+      return "";
+  }
+  return "";
 }
 
 std::unique_ptr<Endpoint> make_endpoint(Engine engine, const EndpointOptions& options) {
   if (const std::string why = unavailable(engine); !why.empty()) throw ConfigError(why);
-  return make_ucx_endpoint(options);
+  switch (engine) {
+    case Engine::ucx:
+      return make_ucx_endpoint(options);
+    case Engine::mpi:
+      return make_mpi_endpoint();
+    case Engine::zmq:
+      return make_zmq_endpoint(options);
+  }
+  return nullptr;
 }
 
 }  // namespace lockstep

@@ -92,6 +92,10 @@ struct EndpointOptions {
 std::string unavailable(Engine engine);
 // Throws ConfigError where unavailable() says why, or the interface is none.
 std::unique_ptr<Endpoint> make_endpoint(Engine engine, const EndpointOptions& options);
+// Every rank's text by rank, among all that mpirun or srun started: the addresses of another
+// engine. At most kMostAddressBytes each. Throws ConfigError where unavailable(Engine::mpi) says
+// why.
+std::vector<std::string> exchange_by_mpi(const std::string& own);
 
 // For tests: endpoints of one process, for ranks that are threads.
 class LoopbackHub;

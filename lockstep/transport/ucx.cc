@@ -384,13 +384,17 @@ void UcxTransport::wait(Clock::duration at_most) {
 // The peers are told how many messages there were, and what UCX still has of them goes out until
 // they leave, too.
 void UcxTransport::leave() noexcept try {
-  if (!tickets_.empty()) return;  // that is no order
   const Deadline deadline = Deadline::after(kLinger);
+  std::vector<bool> busy(peers_.size());
+  tickets_.for_each([&](const Operation& operation) {
+    if (operation.is_send) busy[operation.peer] = true;
+  });
+  const auto in_order = [&](int peer) { return alive(peer) && !busy[peer]; };
   for (int peer = 0; peer < size(); ++peer)
-    if (alive(peer)) links_->say_farewell(peer, peers_[peer].sent);
+    if (in_order(peer)) links_->say_farewell(peer, peers_[peer].sent);
   const auto somebody_stays = [&] {
     for (int peer = 0; peer < size(); ++peer)
-      if (alive(peer) && peers_[peer].greeted && !links_->peer(peer).farewell) return true;
+      if (in_order(peer) && peers_[peer].greeted && !links_->peer(peer).farewell) return true;
     return false;
   };
   while (somebody_stays() && !deadline.expired()) {
@@ -446,12 +450,9 @@ class UcxEndpoint final : public Endpoint {
   std::string address() const override { return listener_.address().text("ucx"); }
   std::unique_ptr<Transport> connect(const std::vector<std::string>& addresses, int rank,
                                      const ConnectOptions& options) override {
-    std::vector<LinkAddress> parsed;
-    for (const std::string& address : addresses)
-      parsed.push_back(LinkAddress::parse("ucx", address));
-    LOCKSTEP_CHECK(rank >= 0 && rank < static_cast<int>(parsed.size()) &&
-                   addresses[rank] == address());
-    return std::make_unique<UcxTransport>(context_, listener_, parsed, rank, options.generation);
+    return std::make_unique<UcxTransport>(context_, listener_,
+                                          link_addresses("ucx", addresses, rank, listener_), rank,
+                                          options.generation);
   }
 
  private:
