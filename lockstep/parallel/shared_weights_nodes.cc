@@ -1,3 +1,4 @@
+#include <ATen/core/grad_mode.h>
 // Shared weights on several nodes: a copy on each. What a node's ranks have contributed is added up
 // there, slice by slice, and then between the nodes; a node that has no weights, or older ones,
 // takes another's.
