@@ -66,9 +66,10 @@ inline void run_loopback(int size, const Body& body) {
     });
 }
 
-// Processes of this node: this program's forks, since an engine is made after a fork.
-inline void run_processes(Engine engine, const EndpointOptions& options, int size,
-                          const Body& body) {
+// Processes of this node: this program's forks, since an engine is made after a fork. `killed`: the
+// rank that must end by SIGKILL.
+inline void run_processes(Engine engine, const EndpointOptions& options, int size, const Body& body,
+                          int killed = -1) {
   struct Shared {
     pthread_barrier_t all;
     std::array<std::array<char, kMostAddressBytes + 1>, 16> addresses;
@@ -105,7 +106,8 @@ inline void run_processes(Engine engine, const EndpointOptions& options, int siz
   for (int rank = 0; rank < size; ++rank) {
     int status = -1;
     ::waitpid(pids[rank], &status, 0);
-    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "rank " << rank << ": " << status;
+    EXPECT_TRUE(rank == killed ? WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL : status == 0)
+        << "rank " << rank << ": " << status;
   }
   ::munmap(memory, sizeof(Shared));
 }
