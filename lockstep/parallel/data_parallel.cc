@@ -321,7 +321,7 @@ Replica::Replica(torch::nn::Module& module, const World& world, const DataParall
                       BackwardHooks::Calls{[&state] { state.begin(); },
                                            [&state](std::size_t i) { state.gradient(i); },
                                            [&state] { state.end(); }});
-  const bool overlap = options.overlap.value_or(false);
+  const bool overlap = options.overlap.value_or(world.local_sizes().size() > 1);
   std::optional<std::size_t> cap_bytes;
   if (overlap) cap_bytes = kOverlappedBucketBytes;
   if (options.bucket_cap_mb)

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <barrier>
 #include <semaphore>
 
 #include "lockstep/parallel/replicas.h"
@@ -57,6 +58,53 @@ std::vector<at::Tensor> gradients_of(Deep& net) {
   std::vector<at::Tensor> gradients;
   for (const auto& parameter : net->parameters()) gradients.push_back(parameter.grad().clone());
   return gradients;
+}
+
+// Two nodes of one rank each, as threads, that meet without an agent.
+void run_nodes(const std::function<void(const World&)>& body) {
+  std::vector<std::string> told(2), errors(2);
+  std::barrier both(2);
+  const Exchange exchange = [&](const Place& place, const std::string& text) {
+    told[static_cast<std::size_t>(place.rank)] = text;
+    both.arrive_and_wait();
+    return told;
+  };
+  std::vector<std::jthread> threads;
+  for (int rank = 0; rank < 2; ++rank)
+    threads.emplace_back([&, rank] {
+      errors[static_cast<std::size_t>(rank)] = message_of<std::exception>([&] {
+        body(init_from(
+            {.launcher = Launcher::torchrun,
+             .rank = rank,
+             .size = 2,
+             .job_id = "overlap " + std::to_string(::getpid()) + " node " + std::to_string(rank),
+             .key = "a secret"},
+            {.timeout = kPatience, .exchange = exchange}));
+      });
+    });
+  threads.clear();
+  EXPECT_THAT(errors, testing::Each("no error"));
+}
+
+TEST(Overlap, IsTheDefaultBetweenNodesAndGivesTheSameBits) {
+  std::vector<std::vector<at::Tensor>> bits[2];
+  for (const std::optional<bool> overlap : {std::optional<bool>(), std::optional(false)}) {
+    auto& mine = bits[overlap.has_value()];
+    mine.resize(2);
+    run_nodes([&](const World& world) {
+      Deep net(1);
+      auto model = data_parallel(net, world, {.bucket_cap_mb = 0.05, .overlap = overlap});
+      model.set_weight(3 + world.rank());
+      for (int step = 0; step < 3; ++step) {
+        net->zero_grad();
+        model(numbers({4, 150}, 2 * step + world.rank())).square().sum().backward();
+      }
+      EXPECT_EQ(model.communication().busy > Clock::duration::zero(), !overlap.has_value());
+      mine[static_cast<std::size_t>(world.rank())] = gradients_of(net);
+    });
+  }
+  expect_equal(bits[0][0], bits[0][1]);
+  expect_equal(bits[0][0], bits[1][0]);
 }
 
 // An exception of the user's leaves a bucket under way. On rank 0 the next backward starts while it
