@@ -6,8 +6,7 @@
 #include <barrier>
 #include <cmath>
 
-#include "lockstep/collective/naive.h"
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/backends.h"
 
 namespace lockstep {
 namespace {
@@ -21,6 +20,8 @@ Values values_of(std::uint64_t owner, std::size_t count) {
   return values;
 }
 std::span<std::byte> bytes_of(Values& values) { return std::as_writable_bytes(std::span(values)); }
+
+std::shared_ptr<Group> borrowed(Group& group) { return {std::shared_ptr<void>(), &group}; }
 
 // One process doing the same: whole arrays, no parts, no tiles.
 class Simulation {
@@ -67,29 +68,36 @@ void run_compressed(int size, WireFormat format,
   });
 }
 
-TEST(WireFormat, EveryRankHasTheBitsOfOneProcess) {
+void check_bits(WireFormat format, int size, std::size_t count) {
+  std::vector<Values> inputs;
+  for (int rank = 0; rank < size; ++rank)
+    inputs.push_back(values_of(static_cast<std::uint64_t>(rank), count));
+  Simulation sums(format, inputs.size(), count), means(format, inputs.size(), count);
+  std::vector<Values> expected;
+  for (int step = 0; step < 3; ++step) {
+    expected.push_back(sums.reduce(inputs, false));
+    expected.push_back(means.reduce(inputs, true));
+  }
+  for (const Backend& backend : backends()) {
+    if (std::ranges::count(backend.sizes, size) == 0) continue;
+    backend.run(size, [&](Group& below) {
+      const auto group = make_compressed_group(borrowed(below), format);
+      for (std::size_t call = 0; call < expected.size(); ++call) {
+        const bool sum = call % 2 == 0;
+        Values data = inputs[static_cast<std::size_t>(group->rank())];
+        group->all_reduce(bytes_of(data), Dtype::float32, sum ? Reduction::sum : Reduction::mean,
+                          {.tag = sum ? "a" : "b"});
+        EXPECT_EQ(data, expected[call])
+            << backend.name << ", " << name_of(format) << " × " << count << ", " << call;
+      }
+    });
+  }
+}
+
+TEST(WireFormat, EveryRankHasTheBitsOfOneProcessOverAnyGroup) {
   for (const WireFormat format : kFormats)
     for (const int size : {2, 3, 5, 8})
-      for (const std::size_t count : {1024, 5000, 70'001}) {
-        std::vector<Values> inputs;
-        for (int rank = 0; rank < size; ++rank)
-          inputs.push_back(values_of(static_cast<std::uint64_t>(rank), count));
-        Simulation sums(format, inputs.size(), count), means(format, inputs.size(), count);
-        std::vector<Values> expected;
-        for (int step = 0; step < 3; ++step) {
-          expected.push_back(sums.reduce(inputs, false));
-          expected.push_back(means.reduce(inputs, true));
-        }
-        run_compressed(size, format, [&](CompressedGroup& group, Group&) {
-          for (std::size_t call = 0; call < expected.size(); ++call) {
-            Values data = inputs[static_cast<std::size_t>(group.rank())];
-            group.all_reduce(bytes_of(data), Dtype::float32,
-                             call % 2 == 0 ? Reduction::sum : Reduction::mean,
-                             {.tag = call % 2 == 0 ? "a" : "b"});
-            EXPECT_EQ(data, expected[call]) << name_of(format) << " × " << count << ", " << call;
-          }
-        });
-      }
+      for (const std::size_t count : {1024, 5000, 70'001}) check_bits(format, size, count);
 }
 
 // What the wire loses comes later: a sum over many calls is off by what is still kept.
@@ -199,18 +207,12 @@ TEST(WireFormat, NodesSumsTravel) {
     expected.insert(expected.end(), part.begin(), part.end());
   }
   expected.resize(kCount);
-  const auto segment = make_segment(4);
-  run_threads(4, [&](int rank) {
-    const std::shared_ptr<Group> group = make_shm_group(segment, rank, {.timeout = kTestTimeout});
-    const NodeGroups groups{.local = group->split(rank / 2, rank),
-                            .carriers = group->split(rank % 2, rank),
-                            .local_sizes = {2, 2},
-                            .node = rank / 2};
+  run_nodes({2, 2}, [&](const NodeGroups& groups) {
+    const std::shared_ptr<Group> group = make_hierarchical_group(groups, {.timeout = kTestTimeout});
     const auto compressed = make_compressed_group(group, WireFormat::int8, groups);
-    Values data = values_of(static_cast<std::uint64_t>(rank), kCount);
+    Values data = values_of(static_cast<std::uint64_t>(group->rank()), kCount);
     compressed->all_reduce(bytes_of(data), Dtype::float32, Reduction::mean, {.tag = "a"});
     EXPECT_EQ(data, expected);
-    group->barrier();
   });
 }
 
