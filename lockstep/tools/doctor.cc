@@ -10,6 +10,7 @@
 #include "lockstep/tools/commands.h"
 #include "lockstep/tools/doctor_links.h"
 #include "lockstep/tools/doctor_meeting.h"
+#include "lockstep/tools/node_flags.h"
 #include "lockstep/transport/transport.h"
 
 namespace lockstep {
@@ -24,8 +25,10 @@ constexpr auto kPatience = std::chrono::seconds(10);  // with a peer, while a li
 
 struct DoctorFlags {
   bool json = false;
-  int nodes = 1, node = 0, timeout = 60;
-  std::string endpoint, key_file, backend, interface;
+  int timeout = 60;
+  std::string backend, interface;
+  NodeFlags nodes;
+  ControlFlags control;
 };
 
 // What is known of a node.
@@ -79,10 +82,8 @@ Verdict worst_of(const Report& report) {
   return worst;
 }
 
-std::string host_of(const std::string& endpoint) { return endpoint.substr(0, endpoint.rfind(':')); }
-
 // The first that this machine has, unless one is asked for. The choice is a finding.
-std::unique_ptr<Endpoint> choose_engine(const DoctorFlags& flags, const ControlKey& key,
+std::unique_ptr<Endpoint> choose_engine(const DoctorFlags& flags, const EndpointOptions& options,
                                         Node& node) {
   std::string why = "asked for";
   for (const Engine engine : {Engine::ucx, Engine::zmq}) {
@@ -93,9 +94,7 @@ std::unique_ptr<Endpoint> choose_engine(const DoctorFlags& flags, const ControlK
     }
     if (flags.backend.empty() && engine == Engine::ucx) why = "the fastest";
     try {
-      auto endpoint = make_endpoint(engine, {.interface = flags.interface,
-                                             .towards = host_of(flags.endpoint),
-                                             .key = key.client.secret_key});
+      auto endpoint = make_endpoint(engine, options);
       node.engine = endpoint->name();
       node.address = endpoint->address();
       node.findings.push_back({Verdict::ok, "engine", fmt::format("{}: {}", node.engine, why)});
@@ -145,15 +144,19 @@ std::vector<Link> measure(Endpoint& endpoint, const std::vector<std::string>& ad
 }
 
 // Node 0 and all others call it together.
-Report examine_nodes(const DoctorFlags& flags, Node node) {
-  const ControlKey key = read_control_key(flags.key_file);
-  Meeting meeting({.nodes = flags.nodes,
-                   .node = flags.node,
-                   .address = flags.endpoint,
-                   .key = key,
-                   .patience = std::chrono::seconds(flags.timeout)});
+Report examine_nodes(const DoctorFlags& flags, const NodePlace& place, Node node) {
+  const int count = place.options.most, own = place.options.rank;
+  const ControlKey key = read_control_key(flags.control.key_file);
+  Meeting meeting(
+      {.nodes = count,
+       .node = own,
+       .address = own == 0 ? flags.control.address : place.options.coordinator->endpoint,
+       .key = key,
+       .patience = std::chrono::seconds(flags.timeout)});
   node.skew = meeting.clock_skew();
-  const std::unique_ptr<Endpoint> endpoint = choose_engine(flags, key, node);
+  const std::unique_ptr<Endpoint> endpoint = choose_engine(
+      flags, {.interface = flags.interface, .towards = place.host, .key = key.client.secret_key},
+      node);
   Report report;
   std::vector<std::string> addresses;
   bool same = true;
@@ -170,11 +173,11 @@ Report examine_nodes(const DoctorFlags& flags, Node node) {
     return report;
   }
   ordered_json mine = ordered_json::array();
-  for (const Link& link : measure(*endpoint, addresses, flags.node)) mine.push_back(json_of(link));
+  for (const Link& link : measure(*endpoint, addresses, own)) mine.push_back(json_of(link));
   std::vector<std::vector<Link>> links;
   for (const json& one : meeting.gather(mine)) {
     links.emplace_back();
-    for (const json& link : one) links.back().push_back(link_from(link, flags.nodes));
+    for (const json& link : one) links.back().push_back(link_from(link, count));
   }
   report.links = merged(links);
   const std::vector<Finding> found = findings_of(report.links);
@@ -218,25 +221,11 @@ void add_flags(CLI::App& app, DoctorFlags& flags) {
     return app.add_option(both_spellings(name), value, meaning)->capture_default_str();
   };
   app.add_flag("--json", flags.json, "as one JSON object, for programs");
-  add("--nnodes", flags.nodes, "nodes, on each of which this command is started")
-      ->check(CLI::Range(1, kMostNodes));
-  add("--node-rank", flags.node, "which of them this is, from 0")
-      ->check(CLI::Range(0, kMostNodes - 1));
-  add("--rdzv-endpoint", flags.endpoint, "HOST:PORT of node 0, where they meet");
-  add("--key-file", flags.key_file, "the key that they prove to each other (lockstep key FILE)");
+  add_node_flags(app, flags.nodes);
+  add("--key-file", flags.control.key_file, "the key that nodes prove (lockstep key FILE)");
   add("--backend", flags.backend, "engine to measure with: ucx or zmq; default: the fastest found");
   add("--interface", flags.interface, "network interface; default: the one that leads to node 0");
   add("--timeout", flags.timeout, "seconds to wait for other nodes")->check(CLI::Range(1, 86400));
-}
-
-void check(const DoctorFlags& flags) {
-  if (flags.node >= flags.nodes)
-    throw ConfigError(
-        fmt::format("--node-rank {} is not below --nnodes {}", flags.node, flags.nodes));
-  if (flags.nodes == 1) return;
-  if (flags.endpoint.empty() || flags.key_file.empty())
-    throw ConfigError(fmt::format("--nnodes {} needs --rdzv-endpoint and --key-file", flags.nodes),
-                      "lockstep key FILE makes a key; each node needs a copy");
 }
 
 }  // namespace
@@ -250,10 +239,13 @@ int doctor_command(const std::vector<std::string>& arguments, const Start&) {
   DoctorFlags flags;
   add_flags(app, flags);
   if (!parse_arguments(app, arguments)) return 0;
-  check(flags);
+  const auto place = node_place(flags.nodes, flags.control, process_environment());
+  if (place && place->options.most > kMostNodes)
+    throw ConfigError(
+        fmt::format("--nnodes {}: at most {} nodes", place->options.most, kMostNodes));
   const Facts facts =
       read_facts("/", process_environment(),
-                 {.interface = flags.interface, .towards = host_of(flags.endpoint), .key = {}});
+                 {.interface = flags.interface, .towards = place ? place->host : "", .key = {}});
   Node node{.host = facts.host,
             .engine = {},
             .address = {},
@@ -261,8 +253,8 @@ int doctor_command(const std::vector<std::string>& arguments, const Start&) {
             .findings = findings_of(facts),
             .skew = {}};
   const Report report =
-      flags.nodes > 1 ? examine_nodes(flags, std::move(node)) : Report{{std::move(node)}, {}, {}};
-  if (flags.node == 0) show(report, flags.json);
+      place ? examine_nodes(flags, *place, std::move(node)) : Report{{std::move(node)}, {}, {}};
+  if (!place || place->options.rank == 0) show(report, flags.json);
   return worst_of(report) == Verdict::error ? kExitFailedRun : 0;
 }
 

@@ -115,7 +115,7 @@ struct Meeting::State {
   explicit State(const MeetingOptions& given)
       : options(given),
         server(given.node == 0 ? std::make_unique<MeetingServer>(given) : nullptr),
-        client({server ? server->endpoint() : "tcp://" + given.address, given.key.server.public_key,
+        client({server ? server->endpoint() : given.address, given.key.server.public_key,
                 given.key.client}) {}
 
   MeetingOptions options;

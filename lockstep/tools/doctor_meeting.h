@@ -16,7 +16,7 @@ namespace lockstep {
 
 struct MeetingOptions {
   int nodes = 1, node = 0;
-  std::string address;  // HOST:PORT, of node 0
+  std::string address;  // node 0: ADDR:PORT to listen at; others: its endpoint, "tcp://…"
   ControlKey key;
   Clock::duration patience = std::chrono::seconds(60);  // with those who have not come
 };

@@ -25,7 +25,7 @@ class DoctorMeetingTest : public ::testing::Test {
     return server.endpoint().substr(std::string("tcp://").size());
   }
   MeetingOptions node(int number, int nodes, Clock::duration patience = 60s) const {
-    return {nodes, number, address_, key_, patience};
+    return {nodes, number, (number == 0 ? "" : "tcp://") + address_, key_, patience};
   }
   const ControlKey key_ = make_control_key();
   const std::string address_ = free_address();

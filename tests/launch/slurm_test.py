@@ -27,6 +27,17 @@ def test_srun_of_an_agent_and_of_the_workers_themselves(folder):
         equal(sums(result.out), [f"rank {rank} of 2 by srun: sum 1" for rank in (0, 1)])
 
 
+def test_srun_across_nodes(folder):
+    with Nodes(2) as nodes, Slurm(nodes, folder) as slurm:
+        key = f"{folder}/key"
+        slurm.run(LOCKSTEP, "key", key)
+        srun = ("srun", "--nodes=2", "--ntasks-per-node=1", LOCKSTEP)
+        result = slurm.run(*srun, "run", "--nproc-per-node=2", "--key-file", key, WORKER, "sum")
+        equal(sums(result.out), [f"rank {rank} of 4 by lockstep run: sum 6" for rank in range(4)])
+        result = slurm.run(*srun, "doctor", "--key-file", key)
+        contains(result.out, "node 0: node0\n", "node 1: node1, where", "all 2 nodes\n")
+
+
 def test_the_batch_file_saves_and_goes_on(folder):
     if not os.path.exists(os.path.join(BUILD, "lockstep-worker")):
         raise Skip("lockstep-worker is not built")
