@@ -47,9 +47,10 @@ class Cluster : public Generations {
   using Generations::Generations;
   ~Cluster() { join(); }
 
-  void start(int seat, Hook hook = {}) {
-    Generations::start(seat, [this, seat, hook = std::move(hook)](const World& world) {
-      work(world, seat, hook);
+  void start(int seat, Hook hook = {}) { start_at({0, seat}, std::move(hook)); }
+  void start_at(Seat at, Hook hook = {}) {
+    Generations::start(at, [this, at, hook = std::move(hook)](const World& world) {
+      work(world, 12 * at.node + at.seat, hook);
     });
   }
   Outcome outcome() {
@@ -127,6 +128,37 @@ TEST(Elastic, ThreeWorkersGiveTheBitsOfOne) {
   for (const int seat : {0, 1, 2}) cluster.start(seat);
   cluster.say({0, 1, 2}, true);
   expect_the_same(cluster.outcome());
+}
+
+TEST(Elastic, NodesGiveTheBitsOfOneWorker) {
+  Cluster cluster(3, 3, 2);
+  for (const Cluster::Seat at : {Cluster::Seat{0, 0}, {1, 0}, {1, 1}}) cluster.start_at(at);
+  cluster.say_nodes({{0}, {0, 1}}, true);
+  expect_the_same(cluster.outcome());
+}
+
+// At every loss that it computes: rank 0 and all that its node knew, or the other.
+TEST(Elastic, ANodeDiesAndIsReplaced) {
+  for (const int victim : {0, 1})
+    for (std::int64_t when = 0; when < 24; when += 1 + when % 3) {
+      SCOPED_TRACE(testing::Message() << "node " << victim << " at loss " << when);
+      Cluster cluster(2, 2, 3);
+      std::atomic<bool> dead = false;
+      cluster.start_at({1 - victim, 0});
+      cluster.start_at({2, 0});
+      cluster.start_at({victim, 0}, [&](const World&, std::int64_t losses) {
+        if (losses != when) return;
+        dead = true;
+        dead.notify_all();
+        throw Killed{};
+      });
+      cluster.say_nodes({{0}, {0}}, true);
+      dead.wait(false);
+      cluster.say_nodes(victim == 0 ? std::vector<std::vector<int>>{{}, {0}, {0}}
+                                    : std::vector<std::vector<int>>{{0}, {}, {0}},
+                        true);
+      expect_the_same(cluster.outcome());
+    }
 }
 
 // At every loss that a worker of two computes, in an epoch's steps or its evaluation.
