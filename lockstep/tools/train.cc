@@ -177,6 +177,10 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   run.command = "train";
   run.job = job;
   run.elastic = flags.elastic;
+  if (job.train.strategy != "shared_weights") {  // replicas are not recovered
+    run.elastic.elastic = false;
+    run.elastic.max_restarts = 0;
+  }
   run.segment = Segment::create(
       {.seats = seats_for(workers, flags.elastic.standby, flags.elastic.max_restarts > 0)});
   run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
