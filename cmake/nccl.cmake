@@ -1,5 +1,6 @@
 # NCCL, for groups of CUDA devices: where the toolkit and nccl.h are found, or
-# -DLOCKSTEP_NCCL_PREFIX names NCCL's folder. Else lockstep/collective/no_nccl.cc says so when it is asked for.
+# -DLOCKSTEP_NCCL_PREFIX names NCCL's folder. Else lockstep/collective/no_nccl.cc says so when it
+# is asked for.
 #   LOCKSTEP_NCCL          what to link
 #   LOCKSTEP_NCCL_WITHOUT  the files that are not for this build
 find_path(LOCKSTEP_CUDA_HEADERS cuda_runtime.h PATHS /usr/local/cuda/include)

@@ -250,7 +250,9 @@ std::unique_ptr<Endpoint> endpoint_of(const Place& place) {
 }
 
 std::map<Launcher, Exchange>& exchanges() {
-  static std::map<Launcher, Exchange> exchanges;
+  static std::map<Launcher, Exchange> exchanges{
+      {Launcher::open_mpi,
+       [](const Place&, const std::string& mine) { return exchange_by_mpi(mine); }}};
   return exchanges;
 }
 
