@@ -71,7 +71,8 @@ class MeetingServer {
 void MeetingServer::serve() {
   pollfd watched[] = {{server_.fd(), POLLIN, 0}, {end_.get(), POLLIN, 0}};
   while (watched[1].revents == 0) {
-    server_.handle([this](const ControlRequest& request) { return answer(request); });
+    server_.handle(
+        [this](const ControlRequest& request, const ControlPeer&) { return answer(request); });
     ::poll(watched, 2, -1);
   }
 }
