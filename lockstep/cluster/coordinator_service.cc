@@ -265,6 +265,16 @@ Assignment CoordinatorService::decide(Clock::time_point now) {
     if (const auto node = nodes_.find(lost.node % options_.nodes); node != nodes_.end())
       node->second.lost = true;
     lost_nodes_.push_back(lost.cause);
+    for (std::size_t rank = 0; before && rank < before->members.size(); ++rank)
+      if (const Member& member = before->members[rank]; member.node == lost.node)
+        emit_({{"event", "worker"},
+               {"seat", member.seat},
+               {"node", member.node % options_.nodes},
+               {"rank", rank},
+               {"pid", member.pid},
+               {"state", "ended"},
+               {"cause", lost.cause},
+               {"clock", clock_of(now)}});
   }
   ended_ |= decision.end.has_value();
   again_ = decision.again ? Deadline::at(*decision.again + stalled_) : Deadline::never();
