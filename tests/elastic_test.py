@@ -92,7 +92,7 @@ def test_fewer_and_more_workers(folder):
 def test_workers_are_added_and_removed_while_it_runs(folder):
     job = Job(folder, epochs=40)
     delays = [word for step in range(4, 200, 4)
-              for word in ("--inject", f"delay rank=0 step={step} seconds=100ms")]
+              for word in ("--inject", f"delay rank=0 step={step} seconds=200ms")]
     counts = [3, 1, 2, 1]
     with running(job.command("--workers", "1:3", *delays), folder) as program:
         program.wait_for("injected: delay")

@@ -4,6 +4,7 @@
 #include <torch/optim/adamw.h>
 
 #include <cstdio>
+#include <mutex>
 
 #include "lockstep/data/ledger.h"
 #include "lockstep/parallel/data_parallel.h"
@@ -51,10 +52,13 @@ double test_loss(const Model& model) {
 template <typename Make>
 double train(const Make& make) {
   std::vector<double> losses(kRanks);
+  std::mutex seeding;  // the threads share libtorch's generator
   run_ranks(kRanks, [&](const World& world) {
+    std::unique_lock one_at_a_time(seeding);
     const Model model =
         make_model({.name = "gpt", .layers = 1, .heads = 2, .width = 48, .context = kContext},
                    {kContext}, kByteValues, /*seed=*/1);
+    one_at_a_time.unlock();
     const auto rank = static_cast<std::uint64_t>(world.rank());
     const TextBatches batches(text().train);
     const Permutation order(batches.size(), /*key=*/1);
@@ -108,8 +112,7 @@ TEST(SlowLinks, TestLossesStayNearTheExact) {
               train_locally<LocalSgd>(LocalSgdOptions{.sync_every = 8, .warmup_steps = 32}), 1.05);
   expect_near(
       "DiLoCo, every 20 steps, int8",
-      train_locally<DiLoCo>(DiLoCoOptions{.sync_every = 20, .wire_format = WireFormat::int8}),
-      1.2);
+      train_locally<DiLoCo>(DiLoCoOptions{.sync_every = 20, .wire_format = WireFormat::int8}), 1.2);
 }
 
 }  // namespace

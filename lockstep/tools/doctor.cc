@@ -26,7 +26,6 @@ constexpr auto kPatience = std::chrono::seconds(10);  // with a peer, while a li
 struct DoctorFlags {
   bool json = false;
   int timeout = 60;
-  std::string backend, interface;
   NodeFlags nodes;
   ControlFlags control;
 };
@@ -87,12 +86,12 @@ std::unique_ptr<Endpoint> choose_engine(const DoctorFlags& flags, const Endpoint
                                         Node& node) {
   std::string why = "asked for";
   for (const Engine engine : {Engine::ucx, Engine::zmq}) {
-    if (!flags.backend.empty() && engine != engine_from(flags.backend)) continue;
-    if (flags.backend.empty() && !unavailable(engine).empty()) {
+    if (!flags.nodes.backend.empty() && engine != engine_from(flags.nodes.backend)) continue;
+    if (flags.nodes.backend.empty() && !unavailable(engine).empty()) {
       why = fmt::format("as {} is not to be had", name_of(engine));
       continue;
     }
-    if (flags.backend.empty() && engine == Engine::ucx) why = "the fastest";
+    if (flags.nodes.backend.empty() && engine == Engine::ucx) why = "the fastest";
     try {
       auto endpoint = make_endpoint(engine, options);
       node.engine = endpoint->name();
@@ -155,7 +154,8 @@ Report examine_nodes(const DoctorFlags& flags, const NodePlace& place, Node node
        .patience = std::chrono::seconds(flags.timeout)});
   node.skew = meeting.clock_skew();
   const std::unique_ptr<Endpoint> endpoint = choose_engine(
-      flags, {.interface = flags.interface, .towards = place.host, .key = key.client.secret_key},
+      flags,
+      {.interface = flags.nodes.interface, .towards = place.host, .key = key.client.secret_key},
       node);
   Report report;
   std::vector<std::string> addresses;
@@ -223,8 +223,6 @@ void add_flags(CLI::App& app, DoctorFlags& flags) {
   app.add_flag("--json", flags.json, "as one JSON object, for programs");
   add_node_flags(app, flags.nodes);
   add("--key-file", flags.control.key_file, "the key that nodes prove (lockstep key FILE)");
-  add("--backend", flags.backend, "engine to measure with: ucx or zmq; default: the fastest found");
-  add("--interface", flags.interface, "network interface; default: the one that leads to node 0");
   add("--timeout", flags.timeout, "seconds to wait for other nodes")->check(CLI::Range(1, 86400));
 }
 
@@ -243,9 +241,9 @@ int doctor_command(const std::vector<std::string>& arguments, const Start&) {
   if (place && place->options.most > kMostNodes)
     throw ConfigError(
         fmt::format("--nnodes {}: at most {} nodes", place->options.most, kMostNodes));
-  const Facts facts =
-      read_facts("/", process_environment(),
-                 {.interface = flags.interface, .towards = place ? place->host : "", .key = {}});
+  const Facts facts = read_facts(
+      "/", process_environment(),
+      {.interface = flags.nodes.interface, .towards = place ? place->host : "", .key = {}});
   Node node{.host = facts.host,
             .engine = {},
             .address = {},
