@@ -1,11 +1,14 @@
-// What comes over the control channel, and the two files that lead to it. What was read and is
-// written again must be read the same.
+// What comes over the control channel, also between nodes, and the two files that lead to it. What
+// was read and is written again must be read the same.
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <string_view>
 
 #include "fuzz/target.h"
 #include "lockstep/cluster/control_file.h"
 #include "lockstep/cluster/control_message.h"
+#include "lockstep/cluster/job_nodes.h"
+#include "lockstep/cluster/membership_wire.h"
 
 namespace {
 
@@ -45,5 +48,17 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     LOCKSTEP_CHECK(parse_control_key(format_control_key(key)).client.public_key ==
                    key.client.public_key);
   });
+  const nlohmann::json object = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object()) return 0;
+  const auto same_again = [&](auto read) {
+    fuzz::expect_config_error([&] {
+      const auto written = to_json(read(object));
+      LOCKSTEP_CHECK(to_json(read(written)) == written);
+    });
+  };
+  same_again(node_report_from);
+  same_again(assignment_from);
+  same_again(introduction_from);
+  same_again(welcome_from);
   return 0;
 }

@@ -87,11 +87,15 @@ AgentResult Agent::run() {
 void Agent::start() {
   if (const std::string trace = common_environment()["LOCKSTEP_TRACE"];
       segment_ && !trace.empty()) {
-    prepare_trace(trace, segment_->seats());
     trace_ = std::filesystem::absolute(trace);  // a worker may change its folder
+    if (options_.nodes && options_.nodes->rank > 0)
+      trace_ += fmt::format(".node{}", options_.nodes->rank);
+    prepare_trace(trace_, segment_->seats());
   }
   if (options_.zygote) start_zygote();
   begin_job();
+  if (options_.nodes && options_.nodes->bound_to >= 0)
+    watch(options_.nodes->bound_to, Source::bound, 0);
   if (options_.control != nullptr) watch(options_.control->fd(), Source::control, 0);
   timer_ = checked(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK), "timerfd");
   const timespec tenth{0, 100'000'000};
@@ -229,6 +233,11 @@ void Agent::take(Source source, int id) {
   if (source == Source::zygote) return zygote_ ? take_answers() : void();
   if (source == Source::timer) return take_tick();
   if (source == Source::control) return serve();
+  if (source == Source::bound) {
+    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, options_.nodes->bound_to, nullptr);
+    ::kill(::getpid(), SIGTERM);  // read from signals_
+    return;
+  }
   if (source == Source::link) return;  // settle() looks at it
   Worker& worker = workers_.at(id);
   worker.process.read_some(static_cast<Stream>(source), on_line(worker), on_event(worker));

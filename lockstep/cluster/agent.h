@@ -31,6 +31,7 @@ struct NodesOptions {
   Clock::duration timeout = std::chrono::milliseconds(1500);
   // What must be the same on all, under the name that messages give it.
   std::map<std::string, std::string> same = {};
+  int bound_to = -1;  // a descriptor whose end means what SIGTERM means; -1: none
   std::optional<ControlTarget> coordinator = {};  // for all but node 0, whose `control` it is
 };
 

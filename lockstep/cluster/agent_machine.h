@@ -41,7 +41,8 @@ class Agent : public ControlHandler {
     timer,
     zygote,
     control,
-    link
+    link,
+    bound
   };
   struct Worker {
     WorkerProcess process;

@@ -180,7 +180,7 @@ bool Agent::waits_for_nodes() {
   if (running_ > 0) return true;
   if (link_ ? !link_->joined() || link_->left() : coordinator_->all_know()) return false;
   if (leave_by_.is_never())
-    leave_by_ = Deadline::after(kLeave + (link_ ? kLeave * 0 : options_.grace));
+    leave_by_ = Deadline::after(kLeave + (link_ ? Clock::duration{} : options_.grace));
   return !leave_by_.expired();
 }
 

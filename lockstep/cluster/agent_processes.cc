@@ -58,7 +58,10 @@ Environment Agent::place_environment(int seat, int rank) const {
   environment["LOCAL_RANK"] = std::to_string(options_.nodes ? local : number);
   environment["LOCAL_WORLD_SIZE"] = std::to_string(options_.workers);
   environment["GROUP_RANK"] = std::to_string(options_.nodes ? options_.nodes->rank : 0);
-  environment["GROUP_WORLD_SIZE"] = std::to_string(welcome_.nodes);
+  environment["GROUP_WORLD_SIZE"] = std::to_string(
+      // More may come: the workers must be able to talk to them.
+      options_.nodes && options_.nodes->least < options_.nodes->most ? options_.nodes->most
+                                                                     : welcome_.nodes);
   environment["MASTER_ADDR"] = welcome_.master_addr;
   environment["MASTER_PORT"] = std::to_string(welcome_.master_port);
   environment["TORCHELASTIC_RESTART_COUNT"] = std::to_string(welcome_.restarts);

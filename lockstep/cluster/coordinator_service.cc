@@ -200,6 +200,9 @@ json CoordinatorService::report(const ControlRequest& request, const ControlPeer
   }
   if (said.value("stop", json()) == true) stop();
   coordinator_->take(report, steady(now));
+  // What was still on the way when the connection ended is no sign of life.
+  if (peer.route == node.closed_route)
+    coordinator_->disconnected(node.life, steady(node.closed_at));
   changed_ = true;
   return answer_for(node);
 }
@@ -207,6 +210,8 @@ json CoordinatorService::report(const ControlRequest& request, const ControlPeer
 void CoordinatorService::disconnected(int connection, Clock::time_point now) {
   for (auto& [rank, node] : nodes_)
     if (coordinator_ && node.life >= 0 && node.peer.connection == connection && !node.left) {
+      node.closed_route = node.peer.route;
+      node.closed_at = now;
       coordinator_->disconnected(node.life, steady(now));
       changed_ = true;
     }
@@ -265,6 +270,16 @@ Assignment CoordinatorService::decide(Clock::time_point now) {
     if (const auto node = nodes_.find(lost.node % options_.nodes); node != nodes_.end())
       node->second.lost = true;
     lost_nodes_.push_back(lost.cause);
+    for (std::size_t rank = 0; before && rank < before->members.size(); ++rank)
+      if (const Member& member = before->members[rank]; member.node == lost.node)
+        emit_({{"event", "worker"},
+               {"seat", member.seat},
+               {"node", member.node % options_.nodes},
+               {"rank", rank},
+               {"pid", member.pid},
+               {"state", "ended"},
+               {"cause", lost.cause},
+               {"clock", clock_of(now)}});
   }
   ended_ |= decision.end.has_value();
   again_ = decision.again ? Deadline::at(*decision.again + stalled_) : Deadline::never();

@@ -6,10 +6,19 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/recoveries.h"
+#include "lockstep/collective/operation_record.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/generation_board.h"
 
 namespace lockstep {
+namespace {
+
+bool in_a_call(Segment& segment, int seat) {
+  const auto operations = recorded_operations(segment, seat);
+  return !operations.empty() && operations.back().state == OperationState::open;
+}
+
+}  // namespace
 
 NodeMembers::NodeMembers(const MembersOptions& options, std::shared_ptr<Segment> segment, Emit emit)
     : options_(options),
@@ -49,7 +58,9 @@ void NodeMembers::says(std::uint64_t worker, const nlohmann::json& event, Clock:
   if (!workers_.contains(worker)) return;  // what a child of it goes on writing
   const std::string& name = event.at("event").get_ref<const std::string&>();
   if (name == "join") {
-    roster_.ready(worker, event.value("address", ""));
+    const std::string address = event.value("address", "");
+    if (address.size() > kMaxAddressBytes) throw Error("a worker's address is too long");
+    roster_.ready(worker, address);
     tell(worker, "ready", "", now);
   } else if (name == "comm_error") {
     roster_.comm_error(worker, event.at("generation"), event.at("message"));
@@ -106,8 +117,32 @@ NodeMembers::Steps NodeMembers::follow(const Assignment& assignment, Clock::time
 
 bool NodeMembers::lease_is_over(Clock::time_point now) { return !roster_.expire(now).kill.empty(); }
 
+// What another node's ranks are to this one's: where there are any.
+void NodeMembers::list_nodes(const std::vector<Member>& members, Generation& board) const {
+  for (std::size_t rank = 0; rank < members.size(); ++rank) {
+    if (rank == 0 || members[rank].node != members[rank - 1].node) {
+      if (is_here(members[rank])) board.node = static_cast<int>(board.local_sizes.size());
+      board.local_sizes.push_back(0);
+    }
+    ++board.local_sizes.back();
+    board.addresses.push_back(members[rank].address);
+  }
+  if (board.local_sizes.size() > 1) return;
+  board.local_sizes.clear();
+  board.addresses.clear();
+}
+
+int NodeMembers::free_seat() const {
+  for (int seat = 0; seat < segment_->seats(); ++seat)
+    if (std::ranges::none_of(roster_.workers(), [&](auto& one) { return one.seat == seat; }))
+      return seat;
+  throw Error("every seat is taken");
+}
+
 void NodeMembers::publish(const JobGeneration& generation, Clock::time_point now) {
-  Generation board{.number = generation.number, .seats = {}, .reason = generation.reason};
+  Generation board;
+  board.number = generation.number;
+  board.reason = generation.reason;
   for (std::size_t rank = 0; rank < generation.members.size(); ++rank) {
     const Member& member = generation.members[rank];
     if (!is_here(member)) continue;
@@ -116,6 +151,11 @@ void NodeMembers::publish(const JobGeneration& generation, Clock::time_point now
       found->second.rank = static_cast<int>(rank);
     board.seats.push_back(member.seat);
   }
+  // Who leaves learns it from a list that has somebody else.
+  if (board.seats.empty())
+    board.seats.push_back(free_seat());
+  else
+    list_nodes(generation.members, board);
   lockstep::publish(*segment_, board, generation.at_once());
   if (options_.self.rank > 0)  // node 0 tells of it to whoever keeps account
     emit_({{"event", "generation"},
@@ -145,6 +185,10 @@ std::vector<NodeMembers::Condemned> NodeMembers::look_for_hung(Clock::time_point
         members.push_back({id, sight_of(*segment_, worker.seat)});
   for (const HangWatch::Hung& hung : hangs_.look(members, now)) {
     const std::string stop = stopping_signal(workers_.at(hung.id).pid);
+    // It may wait for another node, which this one cannot see.
+    if (options_.welcome.nodes > 1 && stop.empty() &&
+        in_a_call(*segment_, workers_.at(hung.id).seat))
+      continue;
     condemned.push_back(
         {hung.id, fmt::format("hung: no progress for {:.1f} s{}{}", seconds(hung.since),
                               step_ ? fmt::format(" after step {}", *step_) : "",

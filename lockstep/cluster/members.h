@@ -20,6 +20,8 @@
 
 namespace lockstep {
 
+struct Generation;
+
 struct MembersOptions {
   NodeWelcome welcome;  // this node's place in the job
   NodeIntroduction self;
@@ -75,6 +77,8 @@ class NodeMembers {
   bool is_here(const Member& member) const { return member.node == options_.welcome.node; }
   // Also who is told to leave: until it has left, the others may be waiting for it.
   bool may_work(std::uint64_t worker) const;
+  void list_nodes(const std::vector<Member>& members, Generation& board) const;
+  int free_seat() const;
   void publish(const JobGeneration& generation, Clock::time_point now);
   void tell(std::uint64_t worker, const char* state, const std::string& cause,
             Clock::time_point now);

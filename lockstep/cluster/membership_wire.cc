@@ -6,6 +6,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/control_message.h"
+#include "lockstep/memory/generation_board.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
@@ -61,6 +62,12 @@ json to_json(const std::vector<Member>& members) {
   return all;
 }
 
+std::string address_in(const json& object) {
+  std::string address = text_in(object, "address");
+  if (address.size() > kMaxAddressBytes) throw ConfigError("an address is too long");
+  return address;
+}
+
 std::vector<Member> members_from(const json& object, const char* name) {
   std::vector<Member> members;
   std::set<std::pair<int, std::uint64_t>> seen;
@@ -69,7 +76,7 @@ std::vector<Member> members_from(const json& object, const char* name) {
                        .seat = small(one, "seat", kMaxSeats - 1),
                        .incarnation = number(one, "worker", kMostIncarnations),
                        .pid = small(one, "pid", kMostPid),
-                       .address = text_in(one, "address")});
+                       .address = address_in(one)});
     if (members.size() > 1 && members.back().node < members[members.size() - 2].node)
       throw ConfigError(fmt::format("'{}' is not sorted by node", name));
     if (!seen.emplace(members.back().node, members.back().incarnation).second)
@@ -108,7 +115,7 @@ WorkerReport worker_from(const json& object) {
           .comm_error = generation_number(object, "comm_error"),
           .message = text_in(object, "message"),
           .listed = generation_number(object, "listed"),
-          .address = text_in(object, "address")};
+          .address = address_in(object)};
 }
 
 }  // namespace

@@ -22,14 +22,16 @@
 //   error: rank, kind: "config" | "run" | "comm", message
 // Of a worker that can go on in another generation (cluster/world.h):
 //   elastic: (once, that it is one)
-//   join: (it is ready to be a member)
+//   join: address? (it is ready to be a member; where other nodes reach it)
 //   comm_error: generation, message
 //   entered: generation (from rank 0: what older generations had decided is whole)
 //   recovered: generation, step, steps_redone, source, clock; from rank 0, after the first step in
 //     another generation
 // The agent's own, with rank -1:
-//   generation: generation, ranks: [{rank, seat, pid}], reason, clock
-//   worker: seat, rank (-1: not a member), pid, state: "starting" | "ready" | "member" | "ended",
+//   generation: generation, ranks: [{rank, seat, pid, node?}], reason, clock (of other nodes than
+//     the first: no ranks)
+//   worker: seat, node?, rank (-1: not a member), pid, state: "starting" | "ready" | "member" |
+//   "ended",
 //     cause, clock
 //   recovery: rank, cause, seconds, step, steps_redone, source, generation, rejoined_seconds (null:
 //     nobody has taken its place)

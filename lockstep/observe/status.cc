@@ -84,14 +84,15 @@ void Status::set_state(Worker& worker, const std::string& state, double now) {
 }
 
 void Status::take_worker(const Json& event, double now) {
-  const int seat = event.at("seat");
+  const int seat = event.at("seat"), node = event.value("node", 0);
   const std::string state = text_in(event, "state"), cause = text_in(event, "cause");
-  Worker& worker = workers_[seat];
+  Worker& worker = workers_[{node, seat}];
   const std::int64_t pid = event.value("pid", std::int64_t{0});
   if (worker.pid != pid) worker = Worker();  // another one in this seat
   const bool died = state == "ended" && worker.state != "ended" && is_death(cause);
   const int rank = event.value("rank", -1);
   worker.seat = seat;
+  worker.node = node;
   worker.pid = pid;
   worker.cause = cause;
   if (rank >= 0 || state != "ended") worker.rank = rank;
@@ -102,9 +103,10 @@ void Status::take_worker(const Json& event, double now) {
   }
   set_state(worker, state, now);
   if (state == "member") return;  // its generation says so
-  const std::string who = worker.rank >= 0
-                              ? fmt::format("rank {} (pid {}, seat {})", worker.rank, pid, seat)
-                              : fmt::format("worker (pid {}, seat {})", pid, seat);
+  const std::string place = event.contains("node") ? fmt::format(" of node {}", node) : "";
+  const std::string who =
+      worker.rank >= 0 ? fmt::format("rank {} (pid {}, seat {}{})", worker.rank, pid, seat, place)
+                       : fmt::format("worker (pid {}, seat {}{})", pid, seat, place);
   note(now, died ? "death" : "worker",
        fmt::format("{} {}", who, cause.empty() ? "is " + state : state + ": " + cause));
 }
@@ -113,17 +115,19 @@ void Status::take_generation(const Json& event, double now) {
   const Json& ranks = event.at("ranks");
   generation_ = event.at("generation").get<std::uint64_t>();
   ++generation_count_;
-  for (auto& [seat, worker] : workers_)
+  for (auto& [place, worker] : workers_)
     if (worker.state == "member") worker.rank = -1;  // those who still are one follow
   for (const Json& member : ranks) {
     const int seat = member.at("seat");
-    Worker& worker = workers_[seat];
+    const int node = member.value("node", 0);
+    Worker& worker = workers_[{node, seat}];
     worker.seat = seat;
+    worker.node = node;
     worker.rank = member.at("rank");
     worker.pid = member.value("pid", worker.pid);
     set_state(worker, "member", now);
   }
-  for (auto& [seat, worker] : workers_)
+  for (auto& [place, worker] : workers_)
     if (worker.state == "member" && worker.rank < 0) set_state(worker, "leaving", now);
   const std::string reason = text_in(event, "reason");
   push(generations_,
@@ -179,12 +183,12 @@ void Status::take_from_worker(int rank, const Json& event, double now) {
   const std::string& kind = event.at("event").get_ref<const std::string&>();
   if (kind == "join" || kind == "rank") {
     if (agent_tells_) return;
-    Worker& worker = workers_[rank];
+    Worker& worker = workers_[{0, rank}];
     worker.rank = rank;
     set_state(worker, kind == "join" ? "ready" : "member", now);
   } else if (kind == "first_step") {
     note(now, "training", "the first step is committed");
-    for (auto& [number, worker] : workers_)
+    for (auto& [place, worker] : workers_)
       if (!agent_tells_) set_state(worker, "member", now);
   } else if (kind == "message") {
     note(now, "message", text_in(event, "text"));
@@ -226,7 +230,7 @@ void Status::take_end(const std::string& failure, double now) {
   ended_ = true;
   ended_at_ = now;
   failure_ = failure;
-  for (auto& [seat, worker] : workers_)
+  for (auto& [place, worker] : workers_)
     if (worker.state != "ended") set_state(worker, "ended", now);
   if (!failure.empty()) note(now, "error", "the job failed: " + failure);
 }
@@ -259,11 +263,11 @@ std::string Status::ill_because(double now) const {
 
 Json Status::workers_json() const {
   std::vector<const Worker*> sorted;
-  for (const auto& [seat, worker] : workers_) sorted.push_back(&worker);
+  for (const auto& [key, worker] : workers_) sorted.push_back(&worker);
   const auto place = [](const Worker* worker) {  // members by rank, others, the dead
     const bool dead = worker->state == "ended" && is_death(worker->cause);
     const int group = dead ? 2 : worker->rank >= 0 ? 0 : 1;
-    return std::tuple(group, worker->rank, worker->seat);
+    return std::tuple(group, worker->rank, worker->node, worker->seat);
   };
   std::sort(sorted.begin(), sorted.end(),
             [&](const Worker* a, const Worker* b) { return place(a) < place(b); });
@@ -271,6 +275,7 @@ Json Status::workers_json() const {
   for (const Worker* worker : sorted) {
     Json row = {{"rank", or_null(worker->rank >= 0, worker->rank)},
                 {"seat", or_null(worker->seat >= 0, worker->seat)},
+                {"node", worker->node},
                 {"pid", or_null(worker->pid > 0, worker->pid)},
                 {"state", worker->state},
                 {"since", worker->since},

@@ -8,7 +8,7 @@
 //   workers_least, generation, deaths, recovery_count, generation_count, last_step_s,
 //   progress: {step, steps, epoch, epochs, samples, train_samples, test_samples, parameters, loss,
 //     lr, grad_norm, samples_per_s},
-//   workers: [{rank, seat, pid, state, since, cause, died, last_death?: {cause, time}}],
+//   workers: [{rank, seat, node, pid, state, since, cause, died, last_death?: {cause, time}}],
 //   generations: [{generation, time, workers, reason}],
 //   recoveries: [{time, step, rank, cause, seconds, rejoined_seconds, steps_redone, source,
 //   generation}], steps: {step: [], loss: [], samples_per_s: []}, epochs: [{epoch, train_loss, …}],
@@ -47,7 +47,7 @@ class Status {
 
  private:
   struct Worker {
-    int rank = -1, seat = -1;
+    int rank = -1, seat = -1, node = 0;
     std::int64_t pid = 0;
     std::string state, cause = {};
     double since = 0;
@@ -80,7 +80,8 @@ class Status {
   bool recovering_ = false, ended_ = false;
   double ended_at_ = 0;
   std::string failure_;
-  std::map<int, Worker> workers_;     // by seat, or by rank unless agent_tells_
+  // By node and seat; by 0 and rank unless agent_tells_.
+  std::map<std::pair<int, int>, Worker> workers_;
   std::map<int, Death> last_deaths_;  // by rank
   std::uint64_t deaths_ = 0, generation_count_ = 0, recovery_count_ = 0;
   std::deque<nlohmann::json> generations_, recoveries_, events_;  // the newest

@@ -13,7 +13,10 @@ namespace {
 ControlServerOptions options_of(const ControlFlags& flags, int nodes) {
   ControlServerOptions options{.address = flags.address};
   options.most_connections += nodes - 1;
-  if (!flags.key_file.empty()) options.key = read_control_key(flags.key_file);
+  if (flags.key)
+    options.key = flags.key;
+  else if (!flags.key_file.empty())
+    options.key = read_control_key(flags.key_file);
   return options;
 }
 

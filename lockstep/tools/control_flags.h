@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <optional>
 #include <string>
 
 #include "lockstep/cluster/control.h"
@@ -13,6 +14,7 @@ namespace lockstep {
 
 struct ControlFlags {
   std::string address = "127.0.0.1", key_file;
+  std::optional<ControlKey> key = {};  // that of key_file, where it can be read only once
 };
 void add_control_flags(CLI::App& app, ControlFlags& flags);
 

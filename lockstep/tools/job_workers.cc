@@ -6,7 +6,6 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include "lockstep/cluster/agent.h"
 #include "lockstep/tools/commands.h"
 
 namespace lockstep {
@@ -51,7 +50,10 @@ struct Report {
 
 bool run_worker_job(const WorkerJob& job) {
   AgentOptions options;
-  options.workers = static_cast<int>(job.job.workers.count);
+  options.nodes = job.nodes;
+  options.master_addr = job.master_addr;
+  // The job's are all nodes'.
+  options.workers = static_cast<int>(job.job.workers.count) / (job.nodes ? job.nodes->most : 1);
   options.zygote = job.command == "train";
   options.command = {worker_program(), job.command};
   if (options.zygote) options.command.insert(options.command.begin() + 1, "--zygote");
@@ -65,7 +67,7 @@ bool run_worker_job(const WorkerJob& job) {
   };
   options.elastic = job.elastic.elastic;
   options.kills = job.kills;
-  options.least = static_cast<int>(settings.min);
+  options.least = static_cast<int>(settings.min) / (job.nodes ? job.nodes->least : 1);
   options.standby = job.elastic.standby;
   options.control = job.elastic.control;
   options.max_restarts = job.elastic.max_restarts;

@@ -5,17 +5,17 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "lockstep/cluster/agent.h"
 #include "lockstep/cluster/environment.h"
 #include "lockstep/cluster/faults.h"
 #include "lockstep/job/job.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
-
-class ControlServer;
 
 // Where workers that die or hang are replaced.
 struct ElasticSettings {
@@ -30,6 +30,8 @@ struct WorkerJob {
   Job job;
   Environment environment;  // more than LOCKSTEP_JOB
   ElasticSettings elastic = {};
+  std::optional<NodesOptions> nodes = {};
+  std::string master_addr = "127.0.0.1";
   std::vector<TimedKills> kills = {};  // of members, to see the job survive them
   std::shared_ptr<Segment> segment;
   std::function<void(int rank, const nlohmann::json& event)> on_event;  // all but errors; the

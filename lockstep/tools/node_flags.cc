@@ -4,14 +4,18 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
 
+#include "lockstep/base/bytes.h"
+#include "lockstep/base/hash.h"
 #include "lockstep/base/instruction_sets.h"
 #include "lockstep/tools/commands.h"
+#include "lockstep/transport/transport.h"
 
 namespace lockstep {
 namespace {
@@ -73,6 +77,12 @@ std::string listening_address(const std::string& host, int port) {
   return fmt::format("{}:{}", loopback && !meant ? "0.0.0.0" : host, port);
 }
 
+std::string line_of_standard_input() {
+  std::string line;
+  for (char c = 0; line.size() < 4096 && ::read(STDIN_FILENO, &c, 1) == 1 && c != '\n';) line += c;
+  return line;
+}
+
 const char* instruction_set() {
   return has_avx512() ? "AVX-512" : has_avx2() ? "AVX2" : "baseline";
 }
@@ -86,6 +96,11 @@ void add_node_flags(CLI::App& app, NodeFlags& flags) {
   add("--nnodes", flags.nodes, "nodes, or MIN:MAX: begins and goes on with MIN; default 1");
   add("--node-rank", flags.rank, "this node's number, from 0");
   add("--rdzv-endpoint", flags.endpoint, "HOST:PORT of node 0, where the others join");
+  add("--backend", flags.backend, "between nodes: ucx, zmq; default: the first that is there");
+  add("--interface", flags.interface,
+      "between nodes: an interface or its address; default: the one that leads to node 0");
+  add("--hostfile", flags.hostfile, "hosts, one a line: starts this command on each, over ssh");
+  add("--ssh", flags.ssh, "--hostfile: the command to reach them")->capture_default_str();
   add("--rdzv-id", flags.id, "the job's name, the same on all nodes");
   add("--node-timeout", flags.timeout_s, "seconds of silence until a node is lost")
       ->check(CLI::Range(0.3, 3600.0))
@@ -136,16 +151,25 @@ std::optional<NodePlace> node_place(const NodeFlags& given, ControlFlags& contro
   place.options.rank = flags.rank;
   place.options.timeout =
       std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(flags.timeout_s));
-  place.options.same = {{"lockstep", LOCKSTEP_VERSION},
-                        {"instruction set", instruction_set()},
-                        {"--nnodes", flags.nodes},
-                        {"--rdzv-id", flags.id},
-                        {"--node-timeout", fmt::format("{:g}", flags.timeout_s)}};
+  place.options.same = {
+      {"lockstep", LOCKSTEP_VERSION}, {"instruction set", instruction_set()},
+      {"--nnodes", flags.nodes},      {"--rdzv-id", flags.id},
+      {"--backend", flags.backend},   {"--node-timeout", fmt::format("{:g}", flags.timeout_s)}};
+  const bool given_here = control.key_file == "-";
+  const ControlKey key =
+      given_here ? parse_control_key(line_of_standard_input()) : read_control_key(control.key_file);
+  control.key = key;
+  if (given_here) place.options.bound_to = STDIN_FILENO;
+  // Told to the workers, who prove it to each other: nobody can control the job with it.
+  place.environment["LOCKSTEP_KEY"] =
+      sha256_hex(as_byte_span("lockstep transport\n" + key.server.secret_key));
+  if (!flags.backend.empty())
+    place.environment["LOCKSTEP_BACKEND"] = name_of(engine_from(flags.backend));
+  if (!flags.interface.empty()) place.environment["LOCKSTEP_INTERFACE"] = flags.interface;
   if (flags.rank == 0) {
     if (control.address == ControlFlags().address)
       control.address = listening_address(place.host, port);
   } else {
-    const ControlKey key = read_control_key(control.key_file);
     place.options.coordinator = {fmt::format("tcp://{}:{}", place.host, port),
                                  key.server.public_key, key.client};
   }

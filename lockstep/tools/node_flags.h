@@ -13,7 +13,7 @@
 namespace lockstep {
 
 struct NodeFlags {
-  std::string nodes, endpoint, id, hostfile, ssh = "ssh";
+  std::string nodes, endpoint, id, backend, interface, hostfile, ssh = "ssh -o BatchMode=yes";
   int rank = -1;
   double timeout_s = 1.5;
 };
@@ -21,7 +21,8 @@ void add_node_flags(CLI::App& app, NodeFlags& flags);
 
 struct NodePlace {
   NodesOptions options;
-  std::string host;  // of node 0, from --rdzv-endpoint
+  std::string host;         // of node 0, from --rdzv-endpoint
+  Environment environment;  // of the workers
 };
 // None: one node. Where nothing was asked for, a step of several tasks that Slurm has started is
 // one of so many nodes. Says in `control` where node 0 listens. Throws ConfigError.

@@ -15,6 +15,7 @@
 #include "lockstep/memory/segment.h"
 #include "lockstep/tools/commands.h"
 #include "lockstep/tools/control_flags.h"
+#include "lockstep/tools/hostfile.h"
 #include "lockstep/tools/inject_flags.h"
 #include "lockstep/tools/node_flags.h"
 
@@ -173,6 +174,9 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   app.prefix_command();
   if (!parse_arguments(app, arguments)) return 0;
   refuse_what_is_missing(flags);
+  if (!flags.nodes.hostfile.empty())
+    return run_on_hosts("run", arguments, flags.nodes.hostfile, flags.nodes.ssh,
+                        flags.control.key_file);
   std::vector<std::string> command = app.remaining();
   if (!command.empty() && command[0] == "--") command.erase(command.begin());
   if (command.empty())
@@ -207,6 +211,7 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   std::optional<ControlChannel> control;
   if (place) {
     options.nodes = place->options;
+    options.environment.insert(place->environment.begin(), place->environment.end());
     options.nodes->same["program"] = fmt::format("{}", fmt::join(command, " "));
     options.nodes->same["--max-restarts"] = std::to_string(flags.max_restarts);
   }

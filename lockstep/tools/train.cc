@@ -4,6 +4,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
@@ -15,8 +16,10 @@
 #include "lockstep/tools/commands.h"
 #include "lockstep/tools/control_flags.h"
 #include "lockstep/tools/dashboard.h"
+#include "lockstep/tools/hostfile.h"
 #include "lockstep/tools/inject_flags.h"
 #include "lockstep/tools/job_workers.h"
+#include "lockstep/tools/node_flags.h"
 #include "lockstep/tools/output_folder.h"
 #include "lockstep/tools/snapshot_saver.h"
 
@@ -31,6 +34,8 @@ struct TrainFlags {
   ElasticSettings elastic{.elastic = true, .max_restarts = 10};
   InjectFlags inject;
   ControlFlags control;
+  NodeFlags nodes;
+  std::optional<NodePlace> place;  // where there are several
   bool quiet = false, overwrite = false;
 };
 
@@ -39,7 +44,8 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("NAME", flags.name,
                  fmt::format("a job file, or a recipe: {}", fmt::join(recipe_names(), ", ")));
   app.add_option("--workers", flags.workers,
-                 "processes (workers.count); MIN:MAX: goes on with MIN, has MAX where it can");
+                 "processes (workers.count); MIN:MAX: goes on with MIN, has MAX where it can; with "
+                 "--nnodes: on each node");
   app.add_option("--max-restarts", flags.elastic.max_restarts,
                  "workers that die or hang are replaced, so many within the window; 0: one's "
                  "death ends the run")
@@ -67,6 +73,7 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
                  "serve a live status page on this port of 127.0.0.1; 0: a free one, printed");
   add_inject_flags(app, flags.inject);
   add_control_flags(app, flags.control);
+  add_node_flags(app, flags.nodes);
   app.add_flag("--quiet", flags.quiet, "print nothing");
   app.add_flag("--overwrite", flags.overwrite, "replace the run in the output folder");
 }
@@ -96,8 +103,20 @@ std::vector<Override> overrides_of(const TrainFlags& flags) {
     if (!value.empty()) overrides.push_back({key, value, flag});
   };
   const auto [least, most] = split_range(flags.workers);
-  add("workers.count", most, "--workers");
-  if (!flags.workers.empty()) add("workers.min", least.empty() ? "0" : least, "--workers");
+  const auto times = [](const std::string& count, int nodes) {
+    int value = 0;
+    const auto [end, error] = std::from_chars(count.data(), count.data() + count.size(), value);
+    return error != std::errc() || end != count.data() + count.size() || value < 1 ||
+                   value > 1 << 20
+               ? count
+               : std::to_string(value * nodes);
+  };
+  const int nodes = flags.place ? flags.place->options.most : 1;
+  const int least_nodes = flags.place ? flags.place->options.least : 1;
+  add("workers.count", times(most, nodes), "--workers");
+  const bool fewer = !least.empty() || least_nodes < nodes;
+  if (!flags.workers.empty())
+    add("workers.min", fewer ? times(least.empty() ? most : least, least_nodes) : "0", "--workers");
   add("workers.hang_timeout_s", flags.hang_timeout, "--hang-timeout");
   add("workers.threads", flags.threads, "--threads");
   add("train.epochs", flags.epochs, "--epochs");
@@ -165,14 +184,7 @@ std::unique_ptr<Page> page_for(const Job& job, const TrainFlags& flags, const fs
   return page;
 }
 
-void train(const Job& job, const TrainFlags& flags, const Start& start) {
-  OutputFolder folder = folder_for(job, flags);
-  if (!flags.report.empty()) {
-    check_writable_place(flags.report, "--report");
-    refuse_file_of_a_run(flags.report, folder.path(), "--report");
-  }
-  const auto page = page_for(job, flags, folder.path(), start);
-  const int workers = static_cast<int>(job.workers.count);
+WorkerJob worker_job(const Job& job, const TrainFlags& flags) {
   WorkerJob run;
   run.command = "train";
   run.job = job;
@@ -181,12 +193,63 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
     run.elastic.elastic = false;
     run.elastic.max_restarts = 0;
   }
+  int here = static_cast<int>(job.workers.count);
+  if (flags.place) {
+    run.nodes = flags.place->options;
+    run.master_addr = flags.place->host;
+    run.environment = flags.place->environment;
+    if (here % run.nodes->most != 0)
+      throw ConfigError(
+          fmt::format("{} workers on {} nodes: not the same number on each", here, run.nodes->most),
+          "--workers says how many on each");
+    here /= run.nodes->most;
+    run.nodes->same["job"] = to_toml(job);
+    run.nodes->same["--max-restarts"] = std::to_string(flags.elastic.max_restarts);
+    run.nodes->same["--standby"] = std::to_string(flags.elastic.standby);
+    if (!flags.resume.empty()) run.nodes->same["--resume"] = "given";
+  }
   run.segment = Segment::create(
-      {.seats = seats_for(workers, flags.elastic.standby, flags.elastic.max_restarts > 0)});
+      {.seats = seats_for(here, flags.elastic.standby, flags.elastic.max_restarts > 0)});
+  return run;
+}
+
+// What other nodes than the first do: the run's folder is there.
+void train_here(const Job& job, const TrainFlags& flags) {
+  WorkerJob run = worker_job(job, flags);
+  const int workers = static_cast<int>(job.workers.count);
+  const std::string& given = !flags.resume.empty() ? flags.resume : flags.output;
+  // Used where rank 0 should come to be here.
+  const fs::path folder = !given.empty() ? given : fmt::format("runs/{}-node", job.recipe);
+  run.environment["LOCKSTEP_CHECKPOINTS"] = (folder / "checkpoints").string();
+  if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
+  run.kills = inject(flags.inject, workers, run.environment);
+  run.on_event = [&](int rank, const nlohmann::json& event) {
+    const std::string& kind = event.at("event").get_ref<const std::string&>();
+    if (flags.quiet || rank >= 0) return;
+    if (kind == "message") print(event.at("text").get<std::string>() + "\n");
+    if (kind == "generation" && event.at("generation") > 0)
+      print(event.at("reason").get<std::string>() + "\n");
+  };
+  run.on_line = [](int rank, bool error, std::string_view line) {
+    (error ? print_error : print)(fmt::format("[rank {}] {}\n", rank, line));
+  };
+  if (run_worker_job(run)) throw Preempted("stopped as asked; node 0 has saved");
+}
+
+void train(const Job& job, const TrainFlags& flags, const Start& start) {
+  if (flags.place && flags.place->options.rank > 0) return train_here(job, flags);
+  OutputFolder folder = folder_for(job, flags);
+  if (!flags.report.empty()) {
+    check_writable_place(flags.report, "--report");
+    refuse_file_of_a_run(flags.report, folder.path(), "--report");
+  }
+  const auto page = page_for(job, flags, folder.path(), start);
+  const int workers = static_cast<int>(job.workers.count);
+  WorkerJob run = worker_job(job, flags);
   run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
   if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
   run.kills = inject(flags.inject, workers, run.environment);
-  ControlChannel control(flags.control, folder.path());
+  ControlChannel control(flags.control, folder.path(), run.nodes ? run.nodes->most : 1);
   run.elastic.control = &control.server();
   SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);
   RunLog log({.output = folder.path(),
@@ -285,6 +348,10 @@ int train_command(const std::vector<std::string>& arguments, const Start& start)
   TrainFlags flags;
   add_flags(app, flags);
   if (!parse_arguments(app, arguments)) return 0;
+  if (!flags.nodes.hostfile.empty())
+    return run_on_hosts("train", arguments, flags.nodes.hostfile, flags.nodes.ssh,
+                        flags.control.key_file);
+  flags.place = node_place(flags.nodes, flags.control, process_environment());
   if (!flags.resume.empty()) {
     resume(flags, start);
     return 0;

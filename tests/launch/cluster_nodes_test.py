@@ -6,11 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from harness import LOCKSTEP, contains, equal, lockstep, main, processes
+import nodes as network
+from harness import BUILD, LOCKSTEP, contains, equal, lockstep, main, processes
 
 TIMEOUT_S = 60
+
+# Says what an elastic program says, and then what it reads from its node's pipe.
+ELASTIC = r"""say() { printf "\\$(printf %03o ${#1})\0\0\0%s" "$1" > /dev/fd/$LOCKSTEP_EVENT_FD; }
+say '{"event":"elastic"}'; say '{"event":"join"}'; echo up
+exec 3<> FOLDER/pipe$GROUP_RANK
+while read -r line <&3; do [ "$line" = end ] && exit 0; say "$line"; done"""
 
 
 def free_port():
@@ -37,10 +45,11 @@ class Nodes:
             one.communicate()
 
     def start(self, rank, *words, command="run", env=None):
+        flags = ["--nnodes", self.nodes, "--node-rank", rank, "--rdzv-endpoint",
+                 f"127.0.0.1:{self.port}", "--key-file", f"{self.folder}/key"]
         one = subprocess.Popen(
-            [LOCKSTEP, command, "--nnodes", self.nodes, "--node-rank", str(rank),
-             "--rdzv-endpoint", f"127.0.0.1:{self.port}", "--key-file", f"{self.folder}/key",
-             *map(str, words)],
+            [str(word) for word in (LOCKSTEP, command, *(flags if command == "run" else ()),
+                                    *words)],
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
             env={**os.environ, **(env or {})})
         self.started.append(one)
@@ -81,6 +90,16 @@ def test_torchruns_environment(folder):
           [f"[rank {rank}] {rank} 4 {local} {size} {group} 2 127.0.0.1 seven"
            for rank, local, size, group in
            ((0, 0, 3, 0), (1, 1, 3, 0), (2, 2, 3, 0), (3, 0, 1, 1))])
+
+
+def test_groups_span_nodes(folder):
+    worker = os.path.join(BUILD, "cluster_worker")
+    with Nodes(folder) as nodes:
+        one = nodes.start(0, "--nproc-per-node", 2, worker, "sum")
+        other = nodes.start(1, "--nproc-per-node", 1, worker, "sum")
+        lines = (end(one)[0] + end(other)[0]).splitlines()
+    equal(sorted(lines), [f"[rank {rank}] rank {rank} of 3 by lockstep run: sum 3"
+                          for rank in range(3)])
 
 
 def test_a_failure_anywhere_ends_all_nodes(folder):
@@ -149,6 +168,97 @@ def test_a_signal_to_any_node_ends_the_job(folder):
             both[rank].send_signal(signal.SIGINT)
             end(both[rank], 128 + signal.SIGINT)
             end(both[1 - rank], 1)
+
+
+class Elastic:
+    """Two nodes with a worker each, of which one is enough; node 1 may be lost and come back."""
+
+    def __init__(self, folder, start):
+        self.folder, self.start_node = folder, start
+        for rank in (0, 1):
+            os.mkfifo(f"{folder}/pipe{rank}")
+        self.one, self.other = (self.start(rank) for rank in (0, 1))
+        for one in (self.one, self.other):
+            read_until(one.stdout, "up")
+        deadline = time.monotonic() + TIMEOUT_S
+        while "2 workers begin" not in self.status():
+            assert time.monotonic() < deadline, self.status()
+        self.say(0, '{"event":"first_step","rank":0,"clock":1}')
+
+    def start(self, rank):
+        return self.start_node(rank, "--max-restarts", 3, "--hang-timeout", 0, "sh", "-c",
+                               ELASTIC.replace("FOLDER", self.folder))
+
+    def status(self):
+        asked = self.start_node(0, f"run-{self.one.pid}", command="status")
+        return asked.communicate(timeout=TIMEOUT_S)[0]
+
+    def say(self, rank, text):
+        with open(f"{self.folder}/pipe{rank}", "w") as pipe:
+            pipe.write(text + "\n")
+
+    def recovered(self, generation):
+        self.say(0, '{"event":"recovered","generation":%d,"step":%d,"steps_redone":1,'
+                    '"source":"peer","clock":1}' % (generation, generation + 1))
+
+    def end(self):
+        contains(read_until(self.one.stderr, "joins"),
+                 "1 worker joins at the end of a step: going on with 2 workers")
+        self.recovered(2)
+        for rank in (0, 1):
+            self.say(rank, "end")
+        end(self.one)
+        return end(self.other)[1]
+
+
+def test_a_killed_node_is_gone_on_without_and_comes_back(folder):
+    with Nodes(folder, "1:2") as nodes:
+        job = Elastic(folder, nodes.start)
+        job.other.send_signal(signal.SIGKILL)
+        contains(read_until(job.one.stderr, "going on with 1 worker"),
+                 "lost: the connection to node 1 (")
+        job.recovered(1)
+        job.other = job.start(1)
+        job.end()
+
+
+def test_a_node_that_is_cut_off_ends_its_workers_and_comes_back(folder):
+    with network.Nodes(2) as machines:
+        lockstep("key", f"{folder}/key")
+
+        def start(rank, *words, command="run"):
+            flags = ["--nnodes", "1:2", "--node-rank", rank, "--rdzv-endpoint",
+                     f"{machines.addresses[0]}:29400", "--key-file", f"{folder}/key"]
+            return machines.run(
+                rank, [LOCKSTEP, command, *(flags if command == "run" else ()), *words], text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        job = Elastic(folder, start)
+        machines.cut(1)
+        contains(read_until(job.one.stderr, "going on with 1 worker"),
+                 "lost: node 1 (node1) is silent for 1.5 s")
+        read_until(job.other.stderr, "no word from node 0: this node's workers are ended")
+        job.recovered(1)
+        machines.heal(1)
+        job.end()
+
+
+def test_hosts_are_reached_over_ssh(folder):
+    with open(f"{folder}/hosts", "w") as file:
+        file.write("127.0.0.1 slots=1\n# the same\n\n127.0.0.1\n")
+    with open(f"{folder}/ssh", "w") as file:
+        file.write(f'#!/bin/sh\necho "$1 $2" >> {folder}/log\nexec sh -c "$2"\n')
+    os.chmod(f"{folder}/ssh", 0o700)
+    flags = ("--hostfile", f"{folder}/hosts", f"--ssh={folder}/ssh", "--rdzv-endpoint")
+    result = lockstep("run", *flags, f"127.0.0.1:{free_port()}", "sh", "-c",
+                      "echo it\\'s $RANK of $WORLD_SIZE")
+    equal(sorted(result.out.splitlines()), [f"[rank {rank}] it's {rank} of 2" for rank in (0, 1)])
+    with open(f"{folder}/log") as file:
+        text = file.read()
+    contains(text, "--key-file=-", "--node-rank=1")
+    assert "secret" not in text, text
+    result = lockstep("run", *flags, f"127.0.0.1:{free_port()}",
+                      "sh", "-c", "exit $((RANK * 3))", code=1)
+    contains(result.err, "rank 1", "exited with code 3")
 
 
 def test_bad_flags(folder):
