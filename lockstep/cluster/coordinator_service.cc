@@ -200,6 +200,9 @@ json CoordinatorService::report(const ControlRequest& request, const ControlPeer
   }
   if (said.value("stop", json()) == true) stop();
   coordinator_->take(report, steady(now));
+  // What was still on the way when the connection ended is no sign of life.
+  if (peer.route == node.closed_route)
+    coordinator_->disconnected(node.life, steady(node.closed_at));
   changed_ = true;
   return answer_for(node);
 }
@@ -207,6 +210,8 @@ json CoordinatorService::report(const ControlRequest& request, const ControlPeer
 void CoordinatorService::disconnected(int connection, Clock::time_point now) {
   for (auto& [rank, node] : nodes_)
     if (coordinator_ && node.life >= 0 && node.peer.connection == connection && !node.left) {
+      node.closed_route = node.peer.route;
+      node.closed_at = now;
       coordinator_->disconnected(node.life, steady(now));
       changed_ = true;
     }

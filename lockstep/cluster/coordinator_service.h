@@ -84,6 +84,8 @@ class CoordinatorService {
     int lives = 0;
     NodeWelcome welcome;
     ControlPeer peer;
+    std::string closed_route;  // of the connection that ended last, and when
+    Clock::time_point closed_at;
     std::uint64_t request = 0;    // the newest
     std::uint64_t published = 0;  // number + 1 of the newest generation there
     std::uint64_t events = 0;     // so many have been taken

@@ -36,9 +36,9 @@ struct Job {
             .workers = 2,
             .same = {{"program", "./it"}}};
   }
-  json ask(const char* action, const json& arguments, int connection = 7) {
+  json ask(const char* action, const json& arguments) {
     return service.answer({.id = 1, .action = action, .arguments = arguments},
-                          {"route", connection}, now);
+                          {"route " + std::to_string(connection), connection}, now);
   }
   json join(const NodeIntroduction& node) { return ask("join", to_json(node)); }
   // All nodes of two, and what node 1 was told.
@@ -74,6 +74,7 @@ struct Job {
   }
 
   Clock::time_point now{1000s};
+  int connection = 7;
   ControlServer server{{}};
   std::vector<json> events;
   CoordinatorService service;
@@ -146,11 +147,13 @@ TEST(CoordinatorService, AClosedConnectionIsALossSoonUnlessItComesBack) {
   job.start();
   job.service.disconnected(7, job.now);
   job.now += 200ms;
+  job.connection = 8;
   job.report();
   job.now += 200ms;
   job.decide();
   EXPECT_EQ(job.service.generation()->number, 0u);
-  job.service.disconnected(7, job.now);
+  job.service.disconnected(8, job.now);
+  job.report();  // was on the way
   job.now += 301ms;
   job.decide();
   EXPECT_THAT(job.service.generation()->reason, HasSubstr("the connection to node 1 (host1) has"));
