@@ -217,6 +217,9 @@ void World::State::make_groups(const std::vector<std::string>& addresses) {
                        next && next->number > generation ? ": " + next->reason : "");
   };
   options.local_ranks = place.local_size;
+  // Who looks for workers that hang sees them wait there.
+  if (segment)
+    options.recorder = &segment->recorder(place.seat >= 0 ? place.seat : place.local_rank);
   options.on_choice = [this](const std::string& choice) {
     if (place.rank == 0) events->emit({{"event", "message"}, {"text", choice}});
   };

@@ -1,0 +1,97 @@
+"""lockstep train on several nodes (network namespaces): the same bits as on one, also where a node
+is killed or cut off."""
+
+import contextlib
+import os
+import subprocess
+import threading
+
+from elastic import Job
+from harness import LOCKSTEP, contains, equal, lockstep, main
+from nodes import Nodes
+
+PORT = 29400
+
+
+class Node:
+    """lockstep train on one node; its output can be waited for."""
+
+    def __init__(self, nodes, rank, command):
+        self.lines, self.changed = [], threading.Condition()
+        self.process = nodes.run(rank, command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            with self.changed:
+                self.lines.append(line)
+                self.changed.notify_all()
+
+    def wait_for(self, text):
+        with self.changed:
+            seen = self.changed.wait_for(lambda: any(text in line for line in self.lines), 60)
+            assert seen, f"no '{text}' in\n{''.join(self.lines)}"
+
+    def end(self, code=0):
+        status = self.process.wait(90)
+        self.reader.join(60)
+        assert code is None or status == code, f"exit code {status}\n{''.join(self.lines)}"
+        return "".join(self.lines)
+
+
+@contextlib.contextmanager
+def training(folder, job, number, count, *arguments):
+    """The nodes, and what runs on each."""
+    key = f"{folder}/key"
+    if not os.path.exists(key):
+        lockstep("key", key)
+    with Nodes(number) as nodes:
+        command = job.command("--nnodes", count, "--rdzv-endpoint", f"{nodes.names[0]}:{PORT}",
+                              "--key-file", key, *arguments)
+        assert command[0] == LOCKSTEP
+        yield nodes, [Node(nodes, rank, [*command, "--node-rank", str(rank)])
+                      for rank in range(number)]
+
+
+def test_the_bits_of_one_node(folder):
+    job = Job(folder)
+    for workers in (1, 2):
+        with training(folder, job, 2, 2, "--workers", workers) as (_, running):
+            for node in running:
+                node.end()
+        equal(job.check(job.output)["recoveries"], [])
+
+
+def test_a_node_that_is_killed(folder):
+    job = Job(folder, epochs=20)
+    with training(folder, job, 2, "1:2", "--workers", 1, "--inject",
+                  "delay rank=0 step=30 seconds=1s") as (nodes, running):
+        running[0].wait_for("injected: delay")
+        nodes.kill(1)
+        out = running[0].end()
+        running[1].end(None)
+    contains(out, "lost: ", "node 1")
+    report = job.check(job.output)
+    equal(len(report["recoveries"]), 1)
+    assert report["recoveries"][0]["seconds"] < 3, report["recoveries"]
+
+
+def test_a_node_that_is_cut_off(folder):
+    job = Job(folder, epochs=20)
+    with training(folder, job, 2, "1:2", "--workers", 1, "--inject",
+                  "delay rank=0 step=30 seconds=500ms") as (nodes, running):
+        running[0].wait_for("injected: delay")
+        nodes.cut(1)
+        out = running[0].end()
+        running[1].wait_for("no word from node 0")
+        running[1].process.kill()
+        running[1].end(None)
+    contains(out, "node 1", "is silent for 1.5 s")
+    report = job.check(job.output)
+    assert report["recoveries"][0]["seconds"] < 5, report["recoveries"]
+
+
+if __name__ == "__main__":
+    main(globals())
