@@ -1,4 +1,4 @@
-"""Workers on two nodes (network namespaces) under every launcher: mpirun, torchrun. srun is in
+"""Workers on two nodes (network namespaces) under every launcher: mpirun, torchrun, ssh. srun is in
 slurm_test.py."""
 
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from harness import BUILD, ROOT, Result, Skip, equal, main
+from harness import BUILD, LOCKSTEP, ROOT, Result, Skip, equal, lockstep, main
 from nodes import Nodes
 from sshd import Sshd
 
@@ -31,7 +31,7 @@ def results_of(processes):
 
 
 def start(nodes, node, command, **environment):
-    return nodes.run(node, command, env={**os.environ, **environment}, stdout=subprocess.PIPE,
+    return nodes.run(node, [str(word) for word in command], env={**os.environ, **environment}, stdout=subprocess.PIPE,
                      stderr=subprocess.PIPE, text=True)
 
 
@@ -62,6 +62,28 @@ def test_torchrun(folder):
             for node in range(2)])
         equal(sums(results[0].out + results[1].out),
               [f"rank {rank} of 4 by torchrun: sum 6" for rank in range(4)], results)
+
+
+def test_hostfile(folder):
+    with Nodes(2) as nodes, Sshd(nodes, folder) as ssh:
+        with open(f"{folder}/hosts", "w") as file:
+            file.write("".join(f"{name}\n" for name in nodes.names))
+        (result,) = results_of([start(nodes, 0, [
+            LOCKSTEP, "run", "--hostfile", f"{folder}/hosts", "--nproc-per-node", 2, WORKER,
+            "sum"], **ssh.environment)])
+        equal(sums(result.out), [f"rank {rank} of 4 by lockstep run: sum 6" for rank in range(4)],
+              result)
+
+
+def test_an_encrypted_engine(folder):
+    lockstep("key", f"{folder}/key")
+    with Nodes(2) as nodes:
+        results = results_of([start(nodes, node, [
+            LOCKSTEP, "run", "--nnodes", 2, "--node-rank", node, "--rdzv-endpoint",
+            f"{nodes.names[0]}:29400", "--key-file", f"{folder}/key", "--backend", "zmq", WORKER,
+            "sum"]) for node in range(2)])
+        equal(sums(results[0].out + results[1].out),
+              [f"rank {rank} of 2 by lockstep run: sum 1" for rank in range(2)], results)
 
 
 if __name__ == "__main__":
