@@ -313,6 +313,7 @@ void Agent::start_again() {
   segment_ = Segment::create({.seats = segment_->seats()});
   result_.segment = segment_;
   members_.reset();
+  if (options_.zygote && !zygote_) start_zygote();  // it was ended with the workers
   begin_job();
 }
 

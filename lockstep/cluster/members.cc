@@ -132,8 +132,9 @@ void NodeMembers::list_nodes(const std::vector<Member>& members, Generation& boa
   board.addresses.clear();
 }
 
+// The last one: whoever comes later gets the first, and must not find himself in an old list.
 int NodeMembers::free_seat() const {
-  for (int seat = 0; seat < segment_->seats(); ++seat)
+  for (int seat = segment_->seats() - 1; seat >= 0; --seat)
     if (std::ranges::none_of(roster_.workers(), [&](auto& one) { return one.seat == seat; }))
       return seat;
   throw Error("every seat is taken");
@@ -156,7 +157,7 @@ void NodeMembers::publish(const JobGeneration& generation, Clock::time_point now
     board.seats.push_back(free_seat());
   else
     list_nodes(generation.members, board);
-  lockstep::publish(*segment_, board, generation.at_once());
+  if (!workers_.empty()) lockstep::publish(*segment_, board, generation.at_once());
   if (options_.self.rank > 0)  // node 0 tells of it to whoever keeps account
     emit_({{"event", "generation"},
            {"generation", generation.number},
