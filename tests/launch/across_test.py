@@ -31,8 +31,8 @@ def results_of(processes):
 
 
 def start(nodes, node, command, **environment):
-    return nodes.run(node, [str(word) for word in command], env={**os.environ, **environment}, stdout=subprocess.PIPE,
-                     stderr=subprocess.PIPE, text=True)
+    return nodes.run(node, [str(word) for word in command], env={**os.environ, **environment},
+                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_mpirun(folder):
