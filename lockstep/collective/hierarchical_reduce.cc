@@ -50,20 +50,7 @@ NodeTree::NodeTree(TreeLayout layout, const std::vector<int>& firsts, int node)
                                        all.layout.runs.begin() + firsts[node + 1]);
   locals.assign(all.contributions.begin() + firsts[node],
                 all.contributions.begin() + firsts[node + 1]);
-  const int virtual_ranks = all.layout.virtual_ranks;
-  // A subtree has the shape of a whole tree of its size.
-  for (const VirtualRange subtree : maximal_subtrees(nodes.layout.runs[node], virtual_ranks)) {
-    std::vector<VirtualRange> inside;
-    for (const VirtualRange run : runs)
-      inside.push_back({std::clamp(run.lo, subtree.lo, subtree.hi) - subtree.lo,
-                        std::clamp(run.hi, subtree.lo, subtree.hi) - subtree.lo});
-    subtrees.push_back(plan_combination(inside, subtree.size()));
-    for (CombineStep& step : subtrees.back().steps)
-      if (step.kind == CombineStep::Kind::push)
-        step.slot += static_cast<int>(
-            std::ranges::count_if(maximal_subtrees(runs[step.rank], virtual_ranks),
-                                  [&](VirtualRange before) { return before.hi <= subtree.lo; }));
-  }
+  subtrees = plan_partial_combination(runs, all.layout.virtual_ranks);
   plain_inside = subtrees.size() == 1 && is_plain(subtrees[0], static_cast<int>(locals.size()));
 }
 
