@@ -50,6 +50,7 @@ struct GroupStatistics {
 struct TreeLayout {
   std::vector<VirtualRange> runs;  // one a rank, contiguous, together [0, virtual_ranks)
   int virtual_ranks = 1;
+  bool operator==(const TreeLayout&) const = default;
 };
 
 class Group {

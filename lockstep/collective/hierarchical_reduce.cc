@@ -117,8 +117,7 @@ void HierarchicalGroup::tree_all_reduce(std::span<std::byte> slots, std::span<st
                                         Dtype dtype, const TreeLayout& layout,
                                         const CallOptions& options) {
   const std::uint64_t count = count_elements(result, dtype, Operation::tree_all_reduce);
-  if (!tree_ || tree_->all.layout.runs != layout.runs ||
-      tree_->all.layout.virtual_ranks != layout.virtual_ranks) {
+  if (!tree_ || tree_->all.layout != layout) {
     check_layout(layout, size_);
     tree_ = std::make_unique<NodeTree>(layout, firsts_, node_);
   }

@@ -182,8 +182,7 @@ void RemoteGroup::tree_all_reduce(std::span<std::byte> slots, std::span<std::byt
                                   Dtype dtype, const TreeLayout& layout,
                                   const CallOptions& options) {
   const std::uint64_t count = count_elements(result, dtype, Operation::tree_all_reduce);
-  if (!tree_ || tree_->layout.runs != layout.runs ||
-      tree_->layout.virtual_ranks != layout.virtual_ranks) {
+  if (!tree_ || tree_->layout != layout) {
     check_layout(layout, size_);
     tree_ = std::make_unique<Tree>(layout);
   }

@@ -90,8 +90,7 @@ void ShmGroup::reduce_copies(const ReduceJob& job, std::span<std::byte> data,
 void ShmGroup::tree_all_reduce(std::span<std::byte> slots, std::span<std::byte> result, Dtype dtype,
                                const TreeLayout& layout, const CallOptions& options) {
   const std::uint64_t count = count_elements(result, dtype, Operation::tree_all_reduce);
-  if (!tree_ || tree_->layout.runs != layout.runs ||
-      tree_->layout.virtual_ranks != layout.virtual_ranks) {
+  if (!tree_ || tree_->layout != layout) {
     check_layout(layout, size_);
     tree_ = std::make_unique<Tree>(layout);
   }
