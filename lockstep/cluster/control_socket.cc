@@ -12,7 +12,9 @@
 namespace lockstep {
 namespace {
 
-constexpr int kHeartbeatMs = 500, kSilenceMs = 2000;  // a peer that is silent for so long is gone
+// A machine that is silent for so long is gone. The kernel asks, not ZeroMQ: its heartbeats abort
+// the process where a peer leaves a socket that is closing (stream_engine_base.cpp, 4.3.4 and .5).
+constexpr int kAskAfterS = 1, kAskEveryS = 1, kAsk = 1, kSilenceMs = 2000;
 constexpr int kHandshakeMs = 2000;
 constexpr int kMostWaiting = 100;  // messages, each way and connection
 constexpr const char* kMonitor = "inproc://monitor";
@@ -55,9 +57,11 @@ MonitoredSocket::MonitoredSocket(zmq::socket_type type, int events, int linger_m
     : socket(context, type), monitor_(context, zmq::socket_type::pair) {
   socket.set(zmq::sockopt::linger, linger_ms);
   socket.set(zmq::sockopt::maxmsgsize, static_cast<std::int64_t>(kMaxControlBytes));
-  socket.set(zmq::sockopt::heartbeat_ivl, kHeartbeatMs);
-  socket.set(zmq::sockopt::heartbeat_timeout, kSilenceMs);
-  socket.set(zmq::sockopt::heartbeat_ttl, kSilenceMs);
+  socket.set(zmq::sockopt::tcp_keepalive, 1);
+  socket.set(zmq::sockopt::tcp_keepalive_idle, kAskAfterS);
+  socket.set(zmq::sockopt::tcp_keepalive_intvl, kAskEveryS);
+  socket.set(zmq::sockopt::tcp_keepalive_cnt, kAsk);
+  socket.set(zmq::sockopt::tcp_maxrt, kSilenceMs);  // for what was sent and not acknowledged
   socket.set(zmq::sockopt::handshake_ivl, kHandshakeMs);
   socket.set(zmq::sockopt::sndhwm, kMostWaiting);
   socket.set(zmq::sockopt::rcvhwm, kMostWaiting);

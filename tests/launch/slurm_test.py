@@ -65,7 +65,8 @@ def test_the_batch_file_saves_and_goes_on(folder):
         slurm.wait(lambda: said("stopped as asked, and saved"), "end")
         slurm.wait(lambda: slurm.run("squeue", "--noheader", "--format=%t").out == "PD\n",
                    "job in the queue again")
-        slurm.run("scontrol", "update", f"job={job}", "StartTime=now")  # not in two minutes
+        # Not in two minutes, and not in the second of its end: Slurm has revoked what it signs then.
+        slurm.run("scontrol", "update", f"job={job}", "StartTime=now+3")
         slurm.wait(lambda: said("going on from step"), "second start")
         slurm.run("scancel", job)
         slurm.wait(lambda: slurm.run("squeue", "--noheader").out == "", "empty queue")
