@@ -228,7 +228,7 @@ struct DeadlyOptions : torch::optim::AdamOptions {
 TEST(ElasticLoop, AReplicaThatIsHalfReceivedIsNotTaken) {
   Generations job(1, 2);
   std::atomic<int> gifts_left = 2;  // at the beginning, and the one that ends it
-  std::atomic<bool> failed = false;
+  std::atomic<bool> failed = false, updated = false;
   const auto loop = [&](const World& world, bool gives) {
     torch::nn::Sequential net = make_net(1);
     torch::optim::Adam optimizer(net->parameters(), torch::optim::AdamOptions(0.01));
@@ -239,10 +239,12 @@ TEST(ElasticLoop, AReplicaThatIsHalfReceivedIsNotTaken) {
       optimizer.zero_grad();
       loss_of(net, state.step(), world.rank()).backward();
       if (!gives && state.step() == 3) {
+        updated.wait(false);  // or both would be at the same step, and nothing be received
         job.say({0, 1}, true);
         throw CommError("the generation ends before this rank has made the update");
       }
       optimizer.step();
+      if (gives && state.step() == 3) updated = true, updated.notify_all();
       return true;
     });
   };
