@@ -55,7 +55,7 @@ void RemoteMeeting::check(const Done& done, const WaitsFor& waits_for) {
   check_generation();
   check_notices();
   for (int rank = 0; rank < size_; ++rank)
-    if (peers_[rank].has_left && waits_for(rank) && !done())
+    if (peers_[rank].has_left && !done() && waits_for(rank))  // done() takes what it sent before
       fail(fmt::format("rank {} has left the group, {}", rank, last_seen(rank)));
   // A collective that we have not begun, and that the peer cannot leave without us.
   if (message_peer_ >= 0 &&

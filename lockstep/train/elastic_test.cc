@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <utility>
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
@@ -186,27 +187,20 @@ TEST(Elastic, AWorkerDiesAndIsReplaced) {
 
 TEST(Elastic, TheWorldShrinksAndGrows) {
   Cluster cluster(1, 4);
-  std::atomic<int> stage = 0;
-  const auto reach = [&](int next) {
-    stage = next;
-    stage.notify_all();
-  };
+  std::uint64_t planned = 0;
   cluster.start(0, [&](const World& world, std::int64_t) {
-    if (world.generation() == 2 && stage < 2) reach(2);
+    // A generation is planned when the one before has been taken up.
+    if (std::exchange(planned, world.generation()) == world.generation()) return;
+    if (planned == 1) cluster.say({0, 1, 3, 4}, false, "seat 4 joins");
+    if (planned == 2) cluster.say({0, 4}, false, "scaled down");
   });
-  for (const int seat : {1, 3}) cluster.start(seat);
+  for (const int seat : {1, 3, 4}) cluster.start(seat);
   cluster.start(2, [&](const World&, std::int64_t losses) {
     if (losses != 3) return;
-    reach(1);
+    cluster.say({0, 1, 3}, true, "seat 2 is lost");
     throw Killed{};
   });
   cluster.say({0, 1, 2, 3}, true);
-  stage.wait(0);
-  cluster.say({0, 1, 3}, true, "seat 2 is lost");
-  cluster.start(4);
-  cluster.say({0, 1, 3, 4}, false, "seat 4 joins");
-  stage.wait(1);
-  cluster.say({0, 4}, false, "scaled down");
   expect_the_same(cluster.outcome());
 }
 

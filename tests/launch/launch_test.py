@@ -118,8 +118,8 @@ def test_a_mismatch_quotes_both_calls(folder):
     contains(result.err, "failed: ", "lockstep: rank ", "exited with code 1",
              "the ranks' calls differ: rank 0 called all_reduce(float32 × 4, sum, tag 'ranks'), "
              "rank 1 called all_reduce(float32 × 8, sum, tag 'ranks')")
-    for rank in flight_record(folder, 2):
-        equal(rank["operations"][-1]["state"], "failed")
+    states = [rank["operations"][-1]["state"] for rank in flight_record(folder, 2)]
+    assert set(states) in ({"failed"}, {"failed", "open"}), states  # open: the first ended the other
 
 
 def test_a_rank_that_never_comes_is_named(folder):

@@ -65,7 +65,7 @@ def test_the_batch_file_saves_and_goes_on(folder):
         slurm.wait(lambda: said("stopped as asked, and saved"), "end")
         slurm.wait(lambda: slurm.run("squeue", "--noheader", "--format=%t").out == "PD\n",
                    "job in the queue again")
-        # Not in two minutes, and not in the second of its end: Slurm has revoked what it signs then.
+        # Not in two minutes, nor in the second of its end: Slurm has revoked what it signs then.
         slurm.run("scontrol", "update", f"job={job}", "StartTime=now+3")
         slurm.wait(lambda: said("going on from step"), "second start")
         slurm.run("scancel", job)
