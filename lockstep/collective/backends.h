@@ -126,8 +126,11 @@ enum class Memory { arena, ordinary, mixed };
 inline constexpr Reduction kReductions[] = {Reduction::sum, Reduction::mean, Reduction::min,
                                             Reduction::max, Reduction::product};
 inline constexpr std::size_t kSizes[] = {0, 1, 1037, 4099};
-// More than two staging buffers, and not a multiple of anything.
-inline constexpr std::size_t kLargeBytes = (9 << 20) + 4;
+// More than two staging buffers (one where it takes long), and not a multiple of anything; and how
+// many ranks.
+inline constexpr std::size_t kLargeBytes = ((kThreadSanitizer ? 5 : 9) << 20) + 4;
+inline const std::vector<int> kLargeSizes =
+    kThreadSanitizer ? std::vector<int>{3} : std::vector<int>{1, 2, 3};
 
 // Memory of the kind asked for; for mixed, even ranks have arena memory.
 class Buffer {

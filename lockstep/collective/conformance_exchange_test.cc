@@ -187,8 +187,8 @@ TEST_P(ExchangeTest, Messages) {
 }
 
 TEST_P(ExchangeTest, SeveralChunks) {
-  for (const int size : {2, 3}) {
-    if (std::ranges::count(GetParam().sizes, size) == 0) continue;
+  for (const int size : kLargeSizes) {
+    if (size == 1 || std::ranges::count(GetParam().sizes, size) == 0) continue;
     GetParam().run(size, [](Group& group) {
       constexpr std::size_t kCount = kLargeBytes / 4;
       for (const Memory memory : {Memory::ordinary, Memory::mixed}) {

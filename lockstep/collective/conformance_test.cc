@@ -82,7 +82,7 @@ TEST_P(ConformanceTest, AllGather) {
 }
 
 TEST_P(ConformanceTest, SeveralChunks) {
-  for (const int size : {1, 2, 3}) {
+  for (const int size : kLargeSizes) {
     if (std::ranges::count(GetParam().sizes, size) == 0) continue;
     GetParam().run(size, [](Group& group) {
       const Memories memories = {Memory::ordinary, Memory::mixed};
