@@ -153,6 +153,8 @@ int World::claim_kept() const { return state_->next_kept++; }
 bool World::State::enter_next(bool failed) {
   const bool was_member = place.generation != kNoGeneration;
   const Deadline deadline = was_member ? Deadline::after(group_options.timeout) : Deadline::never();
+  if (was_member && !failed)
+    await_leavers(*segment, group_options.seats, place.generation, deadline);
   for (;;) {
     if (segment->abort_word().load() != 0)
       throw CommError("the job was aborted: " + segment->abort_reason());

@@ -225,6 +225,23 @@ TEST_F(Generations, FollowEachOther) {
   EXPECT_EQ(places[3], "rank 0 of 2 in 1");
 }
 
+// It may not have seen yet that all have made the last call.
+TEST_F(Generations, OneThatIsPlannedBeginsWhenAllHaveLeft) {
+  say(0, {0, 1}, true, "the first");
+  std::atomic<bool> leaves = false;
+  std::jthread one([&] {
+    const World world = init_from(at_seat(1), {.timeout = kAmple});
+    world.group().barrier();
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    leaves = true;
+  });
+  const World world = init_from(at_seat(0), {.timeout = kAmple});
+  world.group().barrier();
+  say(1, {0}, false, "scaled to 1");
+  EXPECT_TRUE(world.next_generation());
+  EXPECT_TRUE(leaves);
+}
+
 TEST_F(Generations, WaitsEndWithTheReason) {
   say(0, {0, 1}, true, "the first");
   std::jthread one([&] {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -135,6 +136,22 @@ void await_generation(Segment& segment, int seat, std::uint64_t published,
   const std::uint32_t bell = block.bell.load();
   if (generations_published(segment) > published || segment.abort_word().load() != 0) return;
   sleep_on(block.bell, bell, timeout);
+}
+
+void await_leavers(Segment& segment, std::span<const int> seats, std::uint64_t generation,
+                   const Deadline& deadline) {
+  constexpr std::chrono::milliseconds kSlice{50};
+  for (const int seat : seats) {
+    ControlBlock& block = segment.control(seat);
+    for (;;) {
+      const std::uint32_t bell = block.bell.load();
+      if (block.left.load() > generation || block.joined.load() != generation + 1) break;
+      if (generations_over(segment) > generation || segment.abort_word().load() != 0 ||
+          deadline.expired())
+        return;
+      sleep_on(block.bell, bell, std::min<Clock::duration>(kSlice, deadline.remaining()));
+    }
+  }
 }
 
 void request_stop(Segment& segment) { segment.board().stop.store(1); }

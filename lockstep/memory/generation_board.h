@@ -15,6 +15,7 @@
 #include <string_view>
 #include <vector>
 
+#include "lockstep/base/deadline.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/segment.h"
 
@@ -66,6 +67,11 @@ std::uint64_t generations_over(Segment& segment);
 // or `timeout` has passed.
 void await_generation(Segment& segment, int seat, std::uint64_t published,
                       std::chrono::nanoseconds timeout);
+// Until all members of a generation that ends as planned have left its group: one that is not in
+// the next may still read of the last call what that one's calls overwrite. Returns as well where
+// it is over by now, the job was aborted, or at the deadline.
+void await_leavers(Segment& segment, std::span<const int> seats, std::uint64_t generation,
+                   const Deadline& deadline);
 
 // The step under way is to be the last.
 void request_stop(Segment& segment);
