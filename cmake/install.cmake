@@ -33,6 +33,7 @@ install(FILES "${PROJECT_BINARY_DIR}/lockstepConfig.cmake" cmake/find_libtorch.c
               "${PROJECT_BINARY_DIR}/lockstepConfigVersion.cmake"
         DESTINATION ${package_folder})
 install(DIRECTORY lockstep DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h"
+        PATTERN "*_test.h" EXCLUDE
         PATTERN tools EXCLUDE PATTERN recipes EXCLUDE)
 install(FILES LICENSE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
 install(DIRECTORY deploy docs examples DESTINATION ${CMAKE_INSTALL_DOCDIR}

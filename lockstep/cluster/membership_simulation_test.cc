@@ -3,14 +3,14 @@
 // Whatever happens, steps are whole, weights are right, and the job ends.
 //
 // LOCKSTEP_SEED=n replays one history and prints it; LOCKSTEP_HISTORIES=n runs so many.
-#include "lockstep/cluster/membership_simulation.h"
+#include "lockstep/cluster/membership_simulation_test.h"
 
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
-#include "lockstep/cluster/membership_simulation_models.h"
+#include "lockstep/cluster/membership_simulation_models_test.h"
 #include "lockstep/cluster/membership_wire.h"
 
 namespace lockstep::simulation {

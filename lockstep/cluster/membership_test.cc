@@ -8,7 +8,7 @@
 #include <cstdio>
 
 #include "lockstep/base/error.h"
-#include "lockstep/cluster/membership_story.h"
+#include "lockstep/cluster/membership_story_test.h"
 
 namespace lockstep {
 namespace {

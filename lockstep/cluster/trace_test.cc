@@ -14,7 +14,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/flight_recorder.h"
 #include "lockstep/cluster/world.h"
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 
 namespace lockstep {
 namespace {
@@ -98,7 +98,7 @@ TEST_F(TraceTest, APlaceThatCannotBeWrittenIsRefused) {
 
 // The agent's way: ranks only leave their parts; one is killed in the middle of an operation.
 TEST_F(TraceTest, AKilledRankIsThereToTheEnd) {
-  if (kThreadSanitizer) GTEST_SKIP() << "a forked rank; see ranks.h";
+  if (kThreadSanitizer) GTEST_SKIP() << "a forked rank; see ranks_test.h";
   const auto segment = Segment::create({.seats = 2, .arena_bytes = 16 << 20});
   const pid_t child = ::fork();
   ASSERT_GE(child, 0);

@@ -14,7 +14,7 @@
 #include <cstdio>
 #include <ctime>
 
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 
 namespace lockstep {
 namespace {

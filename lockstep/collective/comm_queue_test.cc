@@ -7,7 +7,7 @@
 #include <future>
 #include <semaphore>
 
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 
 namespace lockstep {
 namespace {

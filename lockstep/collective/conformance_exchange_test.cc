@@ -4,7 +4,7 @@
 
 #include <numeric>
 
-#include "lockstep/collective/backends.h"
+#include "lockstep/collective/backends_test.h"
 #include "lockstep/collective/mesh.h"
 
 namespace lockstep {

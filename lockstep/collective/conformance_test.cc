@@ -1,12 +1,12 @@
 // What every group must do, run against every backend: all operations, dtypes and sizes, with 1 to
-// 8 ranks, in and outside the arena, compared with naive.h bit for bit. Here reductions, broadcast
-// and all_gather; conformance_exchange_test.cc has the rest.
+// 8 ranks, in and outside the arena, compared with naive_test.h bit for bit. Here reductions,
+// broadcast and all_gather; conformance_exchange_test.cc has the rest.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cstring>
 
-#include "lockstep/collective/backends.h"
+#include "lockstep/collective/backends_test.h"
 
 namespace lockstep {
 namespace {

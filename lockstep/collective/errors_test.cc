@@ -10,7 +10,7 @@
 #include <regex>
 
 #include "lockstep/collective/process_state.h"
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 #include "lockstep/memory/available_memory.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/flight_recorder.h"
@@ -136,7 +136,7 @@ std::string error_about(int signal, ProcessState state) {
 }
 
 TEST(ErrorSamplesTest, KilledStoppedAndLateProcesses) {
-  if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks.h";
+  if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks_test.h";
   expect_sample(error_about(SIGKILL, ProcessState::dead));
   expect_sample(error_about(SIGSTOP, ProcessState::stopped));
   expect_sample(error_about(0, ProcessState::running));

@@ -5,7 +5,7 @@
 
 #include <barrier>
 
-#include "lockstep/collective/backends.h"
+#include "lockstep/collective/backends_test.h"
 
 namespace lockstep {
 namespace {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "lockstep/collective/naive.h"
+#include "lockstep/collective/naive_test.h"
 
 namespace lockstep {
 namespace {

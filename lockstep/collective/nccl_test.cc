@@ -3,7 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 
 namespace lockstep {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <random>
 
-#include "lockstep/collective/backends.h"
+#include "lockstep/collective/backends_test.h"
 
 namespace lockstep {
 namespace {

@@ -3,7 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "lockstep/collective/backends.h"
+#include "lockstep/collective/backends_test.h"
 
 namespace lockstep {
 namespace {

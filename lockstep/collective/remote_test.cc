@@ -6,7 +6,7 @@
 #include <barrier>
 #include <memory>
 
-#include "lockstep/collective/backends.h"
+#include "lockstep/collective/backends_test.h"
 #include "lockstep/collective/operation_record.h"
 #include "lockstep/collective/remote_group.h"
 

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "lockstep/collective/process_state.h"
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/flight_recorder.h"
 
@@ -95,7 +95,7 @@ TEST(ShmGenerationTest, AllocatedMemoryIsZeroWhateverALateRankWrote) {
 // Rank 1 is stopped in the middle of copying. Rank 0 gives up, and its memory is used for something
 // else: rank 1 must not take that for its result.
 TEST(ShmGenerationTest, WhatWasGivenUpIsNobodysResult) {
-  if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks.h";
+  if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks_test.h";
   constexpr std::size_t kBytes = 96 << 20;
   const auto segment = make_segment(2, 400 << 20);
   Processes processes(segment);
@@ -162,7 +162,7 @@ TEST(ShmMismatchTest, MisalignedMemoryIsRefused) {
 
 // A rank that announces a split and then dies, or never joins the new group.
 TEST(ShmSplitTest, ItsTimeoutCoversTheJoin) {
-  if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks.h";
+  if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks_test.h";
   const auto segment = make_segment(2, 16 << 20);
   Processes processes(segment);
   processes.start(1, [](const auto& shared, const auto&) {

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <barrier>
 
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 #include "lockstep/memory/control_block.h"
 
 namespace lockstep {

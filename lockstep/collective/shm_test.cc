@@ -8,7 +8,7 @@
 #include "lockstep/collective/call.h"
 #include "lockstep/collective/group.h"
 #include "lockstep/collective/process_state.h"
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/ranks_test.h"
 #include "lockstep/memory/control_block.h"
 
 namespace lockstep {
@@ -297,7 +297,7 @@ void stall(const std::shared_ptr<Segment>& segment, const Processes::Report& rep
 class ShmProcessTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks.h";
+    if (kThreadSanitizer) GTEST_SKIP() << "forked ranks; see ranks_test.h";
   }
   // Rank 0: reports the error of an all_reduce that rank 1 never joins.
   void start_rank_0(Clock::duration timeout, ProcessState rank_1 = ProcessState::running) {

@@ -6,7 +6,7 @@
 #include <barrier>
 #include <cmath>
 
-#include "lockstep/collective/backends.h"
+#include "lockstep/collective/backends_test.h"
 
 namespace lockstep {
 namespace {

@@ -16,7 +16,7 @@
 #include <set>
 
 #include "lockstep/parallel/data_loader.h"
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 
 namespace lockstep {
 namespace {

@@ -4,7 +4,7 @@
 #include <torch/optim/sgd.h>
 
 #include "lockstep/parallel/data_parallel.h"
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 
 namespace lockstep {
 namespace {

@@ -12,7 +12,7 @@
 #include <string>
 
 #include "lockstep/parallel/elastic.h"
-#include "lockstep/parallel/generations.h"
+#include "lockstep/parallel/generations_test.h"
 
 namespace lockstep {
 namespace {

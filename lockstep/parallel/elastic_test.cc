@@ -15,7 +15,7 @@
 #include <string>
 
 #include "lockstep/bridge/optimizer_state.h"
-#include "lockstep/parallel/generations.h"
+#include "lockstep/parallel/generations_test.h"
 
 namespace lockstep {
 namespace {

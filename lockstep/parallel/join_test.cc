@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "lockstep/parallel/data_parallel.h"
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 
 namespace lockstep {
 namespace {

@@ -8,7 +8,7 @@
 #include <torch/optim/adamw.h>
 #include <torch/optim/sgd.h>
 
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 
 namespace lockstep {
 namespace {

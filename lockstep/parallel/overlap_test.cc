@@ -5,7 +5,7 @@
 #include <barrier>
 #include <semaphore>
 
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 
 namespace lockstep {
 namespace {

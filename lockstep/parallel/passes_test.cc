@@ -6,7 +6,7 @@
 
 #include "lockstep/bridge/autocast.h"
 #include "lockstep/parallel/data_parallel.h"
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 
 namespace lockstep {
 namespace {

@@ -12,7 +12,7 @@
 #include <functional>
 #include <limits>
 
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 
 namespace lockstep {
 namespace {

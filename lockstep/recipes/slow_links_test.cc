@@ -9,7 +9,7 @@
 #include "lockstep/data/ledger.h"
 #include "lockstep/parallel/data_parallel.h"
 #include "lockstep/parallel/local_sgd.h"
-#include "lockstep/parallel/replicas.h"
+#include "lockstep/parallel/replicas_test.h"
 #include "lockstep/recipes/model.h"
 #include "lockstep/recipes/text.h"
 #include "lockstep/update/optimizer.h"

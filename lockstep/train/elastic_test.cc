@@ -14,7 +14,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
-#include "lockstep/parallel/generations.h"
+#include "lockstep/parallel/generations_test.h"
 #include "lockstep/train/trainer.h"
 
 namespace lockstep {

@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "lockstep/update/naive.h"
+#include "lockstep/update/naive_test.h"
 
 namespace lockstep {
 namespace {

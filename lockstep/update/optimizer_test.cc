@@ -7,7 +7,7 @@
 #include <random>
 
 #include "lockstep/base/error.h"
-#include "lockstep/update/naive.h"
+#include "lockstep/update/naive_test.h"
 
 namespace lockstep {
 namespace {

@@ -17,7 +17,7 @@
 
 #include "lockstep/base/file.h"
 #include "lockstep/memory/control_block.h"
-#include "lockstep/update/update_case.h"
+#include "lockstep/update/update_case_test.h"
 
 namespace lockstep {
 namespace {

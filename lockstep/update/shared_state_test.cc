@@ -7,7 +7,7 @@
 #include <functional>
 #include <random>
 
-#include "lockstep/update/update_case.h"
+#include "lockstep/update/update_case_test.h"
 
 namespace lockstep {
 namespace {

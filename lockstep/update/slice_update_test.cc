@@ -6,7 +6,7 @@
 #include <cstring>
 #include <limits>
 
-#include "lockstep/update/update_case.h"
+#include "lockstep/update/update_case_test.h"
 
 namespace lockstep {
 namespace {

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "lockstep/collective/naive.h"
-#include "lockstep/collective/ranks.h"
+#include "lockstep/collective/naive_test.h"
+#include "lockstep/collective/ranks_test.h"
 #include "lockstep/transport/transport.h"
 
 namespace lockstep {

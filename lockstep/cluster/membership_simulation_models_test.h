@@ -8,9 +8,9 @@
 #include <cstring>
 #include <set>
 
-#include "lockstep/cluster/membership_simulation.h"
+#include "lockstep/cluster/membership_simulation_test.h"
 #include "lockstep/data/ledger.h"
-#include "lockstep/update/naive.h"
+#include "lockstep/update/naive_test.h"
 #include "lockstep/update/recovery.h"
 
 namespace lockstep::simulation {

@@ -11,7 +11,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
-#include "lockstep/update/naive.h"
+#include "lockstep/update/naive_test.h"
 #include "lockstep/update/recovery.h"
 
 namespace lockstep {
