@@ -49,7 +49,10 @@ bool HierarchicalGroup::is_small(std::size_t bytes) const {
 
 GroupStatistics HierarchicalGroup::below() const {
   GroupStatistics sum{.moved = reducer_.moved()};
-  for (const Group* group : {groups_.local.get(), groups_.carriers.get(), groups_.everyone.get()})
+  const bool apart =
+      groups_.everyone != groups_.carriers;  // of nodes of one rank each they are one
+  for (const Group* group :
+       {groups_.local.get(), groups_.carriers.get(), apart ? groups_.everyone.get() : nullptr})
     if (group != nullptr) {
       sum.moved += group->statistics().moved;
       sum.waiting += group->statistics().waiting;

@@ -125,5 +125,20 @@ TEST(HierarchicalTest, StatisticsAddUp) {
   });
 }
 
+// As on nodes of one rank each: what is one group counts once.
+TEST(HierarchicalTest, StatisticsCountNoGroupTwice) {
+  for (const bool one_group : {false, true})
+    run_nodes({1, 1}, [one_group](NodeGroups groups) {
+      if (one_group) groups.everyone = groups.carriers;
+      auto group = make_hierarchical_group(groups, {.timeout = kTestTimeout});
+      std::vector<std::byte> data(400'000);
+      group->all_reduce(data, Dtype::float32, Reduction::sum);
+      const GroupStatistics statistics = group->statistics();
+      EXPECT_EQ(statistics.moved,
+                groups.carriers->statistics().moved + groups.local->statistics().moved);
+      EXPECT_GE(statistics.total, statistics.waiting);
+    });
+}
+
 }  // namespace
 }  // namespace lockstep
