@@ -3,6 +3,7 @@ is killed or cut off."""
 
 import contextlib
 import os
+import signal
 import subprocess
 import threading
 
@@ -93,6 +94,33 @@ def test_a_node_that_is_cut_off_and_returns(folder):
             node.end()
     report = job.check(job.output)
     assert report["recoveries"][0]["seconds"] < 5, report["recoveries"]
+
+
+def test_a_fault_strikes_once_whichever_node_its_rank_is_on(folder):
+    job = Job(folder, epochs=20)
+    with training(folder, job, 2, "1:2", "--workers", 1, "--inject", "kill rank=0 step=30",
+                  "--inject", "kill rank=0 step=60") as (_, running):
+        out = running[0].end()
+        running[1].end()
+    equal(out.count("injected: kill rank=0 step=30"), 1, out)
+    equal(out.count("injected: kill rank=0 step=60"), 1, out)
+    equal(len(job.check(job.output)["recoveries"]), 2)
+
+
+def test_a_signal_to_another_node(folder):
+    job = Job(folder)
+    for number, args, codes, words in (
+            (signal.SIGTERM, (), (75, 75), "node 1 was sent SIGTERM: all nodes finish the step"),
+            (signal.SIGINT, (), (1, 130), "node 1 was ended by SIGINT: the job ends, which needs"),
+            (signal.SIGTERM, [word for setting in ("strategy=data_parallel", "accumulate=1",
+                                                   "virtual_ranks=2")
+                              for word in ("--set", "train." + setting)], (1, 143),
+             "node 1 was ended by SIGTERM: the job ends, which needs")):
+        with training(folder, job, 2, 2, "--workers", 1, "--epochs", 1000, *args) as (_, running):
+            running[0].wait_for("samples")
+            running[1].process.send_signal(number)
+            for node, code in zip(running, codes):
+                contains(node.end(code), words)
 
 
 if __name__ == "__main__":

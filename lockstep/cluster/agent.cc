@@ -253,21 +253,22 @@ void Agent::take_tick() {
   for (const NodeMembers::Condemned& one : members_->look_for_hung(Clock::now())) condemn(one);
 }
 
-// The kills that were asked for. The agent then finds out as it would of any other.
+// The kills that were asked for, on all nodes of the same ranks: each ends those that are its own.
+// It then finds out as it would of any other.
 void Agent::strike() {
-  std::vector<const Worker*> members;
-  for (const auto& [id, worker] : workers_)
-    if (id != kZygoteId && worker.running && members_->is_member(worker.number))
-      members.push_back(&worker);
-  for (KillTimer& timer : kills_)
-    if (const int victim = timer.due(Clock::now(), int(members.size())); victim >= 0) {
-      const Worker& worker = *members[static_cast<std::size_t>(victim)];
+  for (KillTimer& timer : kills_) {
+    const int victim = timer.due(Clock::now(), members_->size());
+    for (const auto& [id, worker] : workers_) {
+      if (victim < 0 || !worker.running || id == kZygoteId || worker.rank != victim ||
+          !members_->is_member(worker.number))
+        continue;
       tell({{"event", "injected"},
             {"rank", worker.rank},
             {"fault", "kill"},
             {"clock", seconds(Clock::now().time_since_epoch())}});
       kill_group(worker, SIGKILL);
     }
+  }
 }
 
 void Agent::take_death(const Worker& worker, const Ending& ending) {
@@ -312,6 +313,7 @@ void Agent::start_again() {
   ids_.clear();
   segment_ = Segment::create({.seats = segment_->seats()});
   result_.segment = segment_;
+  spared_ = 0;
   members_.reset();
   if (options_.zygote && !zygote_) start_zygote();  // it was ended with the workers
   begin_job();
@@ -348,8 +350,11 @@ void Agent::take_signal() {
     if (!again) result_.signal = number;
     restarting_ = false;
     const bool asks = number == SIGTERM && !again && elastic_ && began() && !ending_;
-    if (asks && link_ && options_.nodes->least == options_.nodes->most)
-      link_->stop();  // all stop; with fewer nodes they can go on without this one
+    // Where fewer nodes are enough, the others go on without this one.
+    const bool stops = asks && link_ && options_.nodes->least == options_.nodes->most;
+    if (link_ && !again && goes_on()) tell_signal(number, stops);
+    if (stops)
+      link_->stop();
     else if (asks && !link_)
       stop();
     else

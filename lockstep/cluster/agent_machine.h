@@ -107,6 +107,8 @@ class Agent : public ControlHandler {
   void step_link();
   void take_from_node(int rank, const nlohmann::json& event);
   void tell_death(const Death& death, int rank, bool replaced);
+  void tell_signal(int number, bool stops);
+  void spare(const std::vector<std::string>& struck);
   void end_this_life(const std::string& reason);
   bool began() const { return members_ && members_->began(); }
   bool waits_for_nodes();
@@ -145,6 +147,7 @@ class Agent : public ControlHandler {
   bool restarting_ = false;
   bool unreplaced_ = false;  // somebody has died whom the coordinator is not asked about
   std::vector<KillTimer> kills_;
+  std::size_t spared_ = 0;  // faults that struck on other nodes, and are marked as such here
   std::optional<Guardian> guardian_;
   std::vector<int> children_before_;
   UniqueFd epoll_;  // exits, signals, ticks

@@ -101,6 +101,8 @@ void Agent::serve() {
   if (!coordinator_) return;
   for (const CoordinatorService::NodeEvent& told : coordinator_->events())
     take_from_node(told.rank, told.event);
+  spare(coordinator_->struck_elsewhere());
+  if (coordinator_->stop_asked()) stop();
   for (const std::string& cause : coordinator_->lost_nodes()) {
     if (elastic_ || options_.elastic || !goes_on()) continue;  // the coordinator sees to it
     deaths_.push_back({.failure = {.rank = -1, .cause = cause}});
@@ -133,6 +135,34 @@ void Agent::take_from_node(int rank, const nlohmann::json& event) {
   if (options_.on_event && !muted_) options_.on_event(rank, event);
 }
 
+// A fault strikes once in the job's life, whichever node its rank is on then.
+void Agent::spare(const std::vector<std::string>& struck) {
+  if (spared_ >= struck.size()) return;
+  const std::vector<Fault> faults = faults_from_text(common_environment()["LOCKSTEP_INJECT"]);
+  for (; spared_ < struck.size(); ++spared_)
+    for (std::size_t i = 0; i < faults.size(); ++i)
+      if (to_text(faults[i]) == struck[spared_] && claim_fault(*segment_, static_cast<int>(i)))
+        break;
+}
+
+// Before anybody here ends: else node 0 would see no more than that a connection has ended.
+void Agent::tell_signal(int number, bool stops) {
+  const bool all = options_.nodes->least == options_.nodes->most;
+  const std::string what =
+      fmt::format("node {} was {} {}: {}", options_.nodes->rank, stops ? "sent" : "ended by",
+                  signal_name(number),
+                  stops ? "all nodes finish the step under way, and node 0 saves"
+                  : all ? "the job ends, which needs all its nodes"
+                        : "it leaves the job");
+  const nlohmann::json event{{"event", "message"}, {"text", what}};
+  tell(event);
+  if (all && !stops)
+    tell_death({.failure = {.cause = what}, .suspicion = -1}, -1, false);
+  else
+    link_->tell(-1, event);
+  step_link();
+}
+
 void Agent::tell_death(const Death& death, int rank, bool replaced) {
   link_->tell(rank, {{"event", "death"},
                      {"pid", death.failure.pid},
@@ -158,6 +188,7 @@ void Agent::step_link() {
   if (!news.waiting.empty()) tell({{"event", "message"}, {"text", "waiting: " + news.waiting}});
   if (news.ended) return end("the job has ended", false);
   if (news.unknown) return end_this_life("node 0 has given this node up: its workers are ended");
+  spare(news.struck);
   if (news.welcome) begin_life(*news.welcome);
   if (members_ && news.assignment) follow(*news.assignment, now);
   if (news.stop && goes_on()) stop();

@@ -207,6 +207,7 @@ void Agent::take_event(Worker& worker, const nlohmann::json& event) {
     if (name == "recovered") deaths_.clear(), settled_ = 0;
     members_->says(worker.number, event, Clock::now());
     if (coordinator_) coordinator_->says(worker.rank, event, Clock::now());
+    if (coordinator_ && name == "injected") coordinator_->struck(event);
     // What a snapshot names is in this node's memory.
     if (link_ && name != "snapshot" && name != "join") link_->tell(worker.rank, event);
   }

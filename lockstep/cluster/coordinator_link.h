@@ -40,10 +40,11 @@ class CoordinatorLink {
   struct News {
     std::optional<NodeWelcome> welcome;
     std::optional<Assignment> assignment;
-    std::string waiting;   // for what; new
-    bool stop = false;     // the step under way is to be the last
-    bool unknown = false;  // the coordinator has given this node up
-    bool ended = false;    // the job has, before this node could join
+    std::string waiting;              // for what; new
+    bool stop = false;                // the step under way is to be the last
+    bool unknown = false;             // the coordinator has given this node up
+    bool ended = false;               // the job has, before this node could join
+    std::vector<std::string> struck;  // the faults that have, on other nodes
   };
   // Sends what is due. Throws ConfigError: this node is refused. CommError: another key; nobody is
   // there (any more), in words.

@@ -6,6 +6,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/control_message.h"
 #include "lockstep/cluster/membership_wire.h"
+#include "lockstep/memory/generation_board.h"
 
 namespace lockstep {
 namespace {
@@ -195,6 +196,7 @@ json CoordinatorService::report(const ControlRequest& request, const ControlPeer
         !one.contains("rank") || !one["rank"].is_number_integer())
       continue;
     events_.push_back({one["rank"], one["event"]});
+    if (one["event"]["event"] == "injected") struck(one["event"], node.life);
     // Of another machine's clock.
     if (one["event"].contains("clock")) events_.back().event["clock"] = clock_of(now);
   }
@@ -225,7 +227,9 @@ json CoordinatorService::assignment_for(const Node& node) const {
 }
 
 json CoordinatorService::answer_for(Node& node) {
-  node.sent = {{"assignment", assignment_for(node)}, {"stop", stop_}};
+  node.sent = {{"assignment", assignment_for(node)},
+               {"stop", stop_},
+               {"struck", struck_elsewhere(node.life)}};
   json answer = node.sent;
   answer["events"] = node.events;
   node.sent["assignment"].erase("acknowledged");
@@ -308,6 +312,17 @@ void CoordinatorService::scale(int workers) {
 }
 
 void CoordinatorService::stop() { stop_ = changed_ = true; }
+
+void CoordinatorService::struck(const json& injected, int life) {
+  if (struck_.size() < kMaxFaults) struck_.emplace_back(life, injected.value("fault", ""));
+}
+
+std::vector<std::string> CoordinatorService::struck_elsewhere(int life) const {
+  std::vector<std::string> faults;
+  for (const auto& [where, fault] : struck_)
+    if (where != life) faults.push_back(fault);
+  return faults;
+}
 
 void CoordinatorService::end(bool ok, const std::string& reason) {
   ended_ = changed_ = true;

@@ -64,6 +64,10 @@ class CoordinatorService {
   void scale(int workers);  // throws ConfigError
   void stop();              // the step under way is to be the last: told to all
   bool stop_asked() const { return stop_; }
+  // A fault has struck a worker of this node, of whichever by its life; those that struck
+  // elsewhere.
+  void struck(const nlohmann::json& injected, int life = 0);
+  std::vector<std::string> struck_elsewhere(int life = 0) const;
   void end(bool ok, const std::string& reason);
   // The job has ended, and all nodes know it, or are lost.
   bool all_know() const;
@@ -115,6 +119,7 @@ class CoordinatorService {
   bool stop_ = false, elastic_ = false, changed_ = true, finished_ = false, ended_ = false;
   std::vector<NodeEvent> events_;
   std::vector<std::string> lost_nodes_;
+  std::vector<std::pair<int, std::string>> struck_;  // a life, and the fault
   Deadline again_ = Deadline::never();
   Clock::time_point looked_;
   Clock::duration stalled_{};  // how long this process has stood still

@@ -168,6 +168,21 @@ TEST(CoordinatorService, WhoStoodStillItselfBlamesNobody) {
   EXPECT_EQ(job.service.generation()->number, 0u);
 }
 
+// Whoever has a rank later, on another node or on this one after it was given up.
+TEST(CoordinatorService, WhatHasStruckIsToldToTheOtherNodes) {
+  Job job(2, 1);
+  const int life = job.begin().node;
+  job.service.struck({{"event", "injected"}, {"fault", "here"}});
+  const json event{{"event", "injected"}, {"rank", 2}, {"fault", "there"}};
+  const json said{{"report", to_json(job.there->report(job.now))},
+                  {"published", 0},
+                  {"first", 0},
+                  {"events", {{{"rank", 2}, {"event", event}}}}};
+  EXPECT_EQ(job.ask("report", said).at("struck"), json::array({"here"}));
+  EXPECT_THAT(job.service.struck_elsewhere(), testing::ElementsAre("there"));
+  EXPECT_THAT(job.service.struck_elsewhere(life + 2), testing::ElementsAre("here", "there"));
+}
+
 TEST(CoordinatorService, EventsCountOnce) {
   Job job(2, 2);
   job.begin();

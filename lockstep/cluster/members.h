@@ -63,6 +63,7 @@ class NodeMembers {
   std::vector<Condemned> look_for_hung(Clock::time_point now);
 
   bool began() const { return generation_ != nullptr; }
+  int size() const { return generation_ ? static_cast<int>(generation_->members.size()) : 0; }
   // In the newest generation, else in its last one, else the one that it is started for; standbys
   // and the like have none: -1.
   int rank_of(std::uint64_t worker) const;

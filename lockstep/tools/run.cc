@@ -207,7 +207,8 @@ int run_command(const std::vector<std::string>& arguments, const Start&) {
   options.segment =
       Segment::create({.seats = seats_for(options.workers, flags.standby,
                                           flags.max_restarts > 0 || options.least > 0)});
-  options.kills = inject(flags.inject, options.workers, options.environment);
+  options.kills = inject(flags.inject, options.workers * (place ? place->options.most : 1),
+                         options.environment);
   std::optional<ControlChannel> control;
   if (place) {
     options.nodes = place->options;
