@@ -2,14 +2,54 @@
 
 #include <fmt/format.h>
 
+#include <nlohmann/json.hpp>
 #include <set>
 
 #include "lockstep/base/error.h"
-#include "lockstep/cluster/control_message.h"
 #include "lockstep/memory/generation_board.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Member, node, seat, incarnation, pid, address)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(JobGeneration, number, members, leaving, over, reason)
+
+}  // namespace lockstep
+
+namespace nlohmann {  // none: null
+
+template <typename T>
+struct adl_serializer<std::optional<T>> {
+  static void to_json(json& to, const std::optional<T>& value) {
+    if (value) to = *value;
+  }
+  static void from_json(const json& from, std::optional<T>& value) {
+    if (!from.is_null()) value = from.get<T>();
+  }
+};
+template <>
+struct adl_serializer<lockstep::GenerationPtr> {
+  static void to_json(json& to, const lockstep::GenerationPtr& value) {
+    if (value) to = *value;
+  }
+  static void from_json(const json& from, lockstep::GenerationPtr& value) {
+    using lockstep::JobGeneration;
+    if (!from.is_null()) value = std::make_shared<JobGeneration>(from.get<JobGeneration>());
+  }
+};
+
+}  // namespace nlohmann
+
+namespace lockstep {
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WorkerReport, seat, incarnation, pid, state, cause,
+                                   failed_for_good, comm_error, message, listed, address)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(NodeReport, node, rank, host, version, room, started, workers,
+                                   generation, committed, taken_up)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(JobEnd, ok, reason)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Assignment, term, acknowledged, generation, over, start, kill,
+                                   taken_up, end)
+
 namespace {
 
 using nlohmann::json;
@@ -18,179 +58,95 @@ using nlohmann::json;
 constexpr std::uint64_t kMostIncarnations = 1 << 20, kMostMembers = 1 << 17, kMostNodes = 1 << 30;
 constexpr std::uint64_t kMostGenerations = std::uint64_t{1} << 62, kMostPid = 1 << 30;
 
-std::uint64_t number(const json& object, const char* member, std::uint64_t most) {
-  const std::uint64_t value = whole_in(object, member);
-  if (value > most) throw ConfigError(fmt::format("'{}' is {}, at most {}", member, value, most));
-  return value;
+// The conversions take any number for any other: none here has a point, or a sign but for -1.
+void check_numbers(const json& value) {
+  if (value.is_number_float() || (value.is_number_integer() && value < -1))
+    throw ConfigError(fmt::format("{} counts nothing", value.dump()));
+  if (value.is_structured())
+    for (const json& part : value) check_numbers(part);
 }
 
-int small(const json& object, const char* member, std::uint64_t most) {
-  return static_cast<int>(number(object, member, most));
-}
-
-bool flag(const json& object, const char* member) {
-  const auto found = object.find(member);
-  if (found == object.end() || !found->is_boolean())
-    throw ConfigError(fmt::format("it has no '{}' that is true or false", member));
-  return found->get<bool>();
-}
-
-std::optional<std::uint64_t> generation_number(const json& object, const char* member) {
-  if (!object.contains(member)) return std::nullopt;
-  return number(object, member, kMostGenerations);
-}
-
-const json& list(const json& object, const char* member, std::size_t most) {
-  const auto found = object.find(member);
-  if (found == object.end() || !found->is_array() || found->size() > most)
-    throw ConfigError(fmt::format("it has no list '{}' of at most {}", member, most));
-  return *found;
-}
-
-void put(json& object, const char* member, const std::optional<std::uint64_t>& value) {
-  if (value) object[member] = *value;
-}
-
-json to_json(const std::vector<Member>& members) {
-  json all = json::array();
-  for (const Member& member : members)
-    all.push_back({{"node", member.node},
-                   {"seat", member.seat},
-                   {"worker", member.incarnation},
-                   {"pid", member.pid},
-                   {"address", member.address}});
-  return all;
-}
-
-std::string address_in(const json& object) {
-  std::string address = text_in(object, "address");
-  if (address.size() > kMaxAddressBytes) throw ConfigError("an address is too long");
-  return address;
-}
-
-std::vector<Member> members_from(const json& object, const char* name) {
-  std::vector<Member> members;
-  std::set<std::pair<int, std::uint64_t>> seen;
-  for (const json& one : list(object, name, kMostMembers)) {
-    members.push_back({.node = small(one, "node", kMostNodes),
-                       .seat = small(one, "seat", kMaxSeats - 1),
-                       .incarnation = number(one, "worker", kMostIncarnations),
-                       .pid = small(one, "pid", kMostPid),
-                       .address = address_in(one)});
-    if (members.size() > 1 && members.back().node < members[members.size() - 2].node)
-      throw ConfigError(fmt::format("'{}' is not sorted by node", name));
-    if (!seen.emplace(members.back().node, members.back().incarnation).second)
-      throw ConfigError(fmt::format("'{}' has a worker twice", name));
+template <typename T>
+T read(const json& object) {
+  check_numbers(object);
+  try {
+    return object.get<T>();
+  } catch (const json::exception& error) {
+    throw ConfigError(error.what());
   }
-  return members;
 }
 
-json to_json(const JobGeneration& generation) {
-  return {{"number", generation.number},
-          {"members", to_json(generation.members)},
-          {"leaving", to_json(generation.leaving)},
-          {"over", generation.over},
-          {"reason", generation.reason}};
+void check(const char* what, auto value, std::uint64_t most) {
+  if (static_cast<std::uint64_t>(value) > most)
+    throw ConfigError(fmt::format("'{}' is {}, at most {}", what, value, most));
+}
+void check(const char* what, const std::optional<std::uint64_t>& value, std::uint64_t most) {
+  if (value) check(what, *value, most);
 }
 
-GenerationPtr generation_from(const json& object) {
-  const auto found = object.find("generation");
-  if (found == object.end()) return nullptr;
-  JobGeneration generation;
-  generation.number = number(*found, "number", kMostGenerations);
-  generation.members = members_from(*found, "members");
-  generation.leaving = members_from(*found, "leaving");
-  generation.over = number(*found, "over", kMostGenerations);
-  generation.reason = text_in(*found, "reason");
-  return std::make_shared<const JobGeneration>(std::move(generation));
+// What a Member and a WorkerReport have alike.
+void check_worker(const auto& worker) {
+  check("seat", worker.seat, kMaxSeats - 1);
+  check("incarnation", worker.incarnation, kMostIncarnations);
+  check("pid", worker.pid, kMostPid);
+  check("bytes of an address", worker.address.size(), kMaxAddressBytes);
 }
 
-WorkerReport worker_from(const json& object) {
-  return {.seat = small(object, "seat", kMaxSeats - 1),
-          .incarnation = number(object, "worker", kMostIncarnations),
-          .pid = small(object, "pid", kMostPid),
-          .state = WorkerState(number(object, "state", std::uint64_t(WorkerState::failed))),
-          .cause = text_in(object, "cause"),
-          .failed_for_good = flag(object, "for_good"),
-          .comm_error = generation_number(object, "comm_error"),
-          .message = text_in(object, "message"),
-          .listed = generation_number(object, "listed"),
-          .address = address_in(object)};
+void check_members(const std::vector<Member>& members) {
+  check("members", members.size(), kMostMembers);
+  std::set<std::pair<int, std::uint64_t>> seen;
+  for (const Member& member : members) {
+    check_worker(member);
+    check("node", member.node, kMostNodes);
+    if (!seen.empty() && member.node < seen.rbegin()->first)
+      throw ConfigError("members are not sorted by node");
+    if (!seen.emplace(member.node, member.incarnation).second)
+      throw ConfigError("a member is there twice");
+  }
+}
+
+void check_generation(const GenerationPtr& generation) {
+  if (!generation) return;
+  check("number", generation->number, kMostGenerations);
+  check("over", generation->over, kMostGenerations);
+  check_members(generation->members);
+  check_members(generation->leaving);
 }
 
 }  // namespace
 
-json to_json(const NodeReport& report) {
-  json workers = json::array();
-  for (const WorkerReport& worker : report.workers) {
-    workers.push_back({{"seat", worker.seat},
-                       {"worker", worker.incarnation},
-                       {"pid", worker.pid},
-                       {"state", int(worker.state)},
-                       {"cause", worker.cause},
-                       {"for_good", worker.failed_for_good},
-                       {"message", worker.message},
-                       {"address", worker.address}});
-    put(workers.back(), "comm_error", worker.comm_error);
-    put(workers.back(), "listed", worker.listed);
-  }
-  json object{{"node", report.node}, {"rank", report.rank},
-              {"host", report.host}, {"version", report.version},
-              {"room", report.room}, {"started", report.started},
-              {"workers", workers},  {"committed", report.committed}};
-  if (report.generation) object["generation"] = to_json(*report.generation);
-  put(object, "taken_up", report.taken_up);
-  return object;
-}
-
-json to_json(const Assignment& assignment) {
-  json object{{"term", assignment.term},
-              {"acknowledged", assignment.acknowledged},
-              {"over", assignment.over},
-              {"start", assignment.start},
-              {"kill", assignment.kill}};
-  if (assignment.generation) object["generation"] = to_json(*assignment.generation);
-  put(object, "taken_up", assignment.taken_up);
-  if (assignment.end)
-    object["end"] = {{"ok", assignment.end->ok}, {"reason", assignment.end->reason}};
-  return object;
-}
+json to_json(const NodeReport& report) { return report; }
+json to_json(const Assignment& assignment) { return assignment; }
 
 NodeReport node_report_from(const json& object) {
-  NodeReport report;
-  report.node = small(object, "node", kMostNodes);
-  report.rank = object.value("rank", json()) == -1 ? -1 : small(object, "rank", kMostNodes);
-  report.host = text_in(object, "host");
-  report.version = whole_in(object, "version");
-  report.room = small(object, "room", kMaxSeats);
-  report.started = number(object, "started", kMostIncarnations);
+  auto report = read<NodeReport>(object);
+  check("node", report.node, kMostNodes);
+  check("rank", report.rank + 1, kMostNodes);
+  check("room", report.room, kMaxSeats);
+  check("started", report.started, kMostIncarnations);
+  check("workers", report.workers.size(), kMaxSeats);
+  check("taken_up", report.taken_up, kMostGenerations);
   std::set<std::uint64_t> seen;
-  for (const json& one : list(object, "workers", kMaxSeats)) {
-    report.workers.push_back(worker_from(one));
-    const std::uint64_t incarnation = report.workers.back().incarnation;
-    if (incarnation >= report.started || !seen.insert(incarnation).second)
-      throw ConfigError(fmt::format("worker {} was not started, or is there twice", incarnation));
+  for (const WorkerReport& worker : report.workers) {
+    check_worker(worker);
+    check("state", static_cast<int>(worker.state), static_cast<int>(WorkerState::failed));
+    check("comm_error", worker.comm_error, kMostGenerations);
+    check("listed", worker.listed, kMostGenerations);
+    if (worker.incarnation >= report.started || !seen.insert(worker.incarnation).second)
+      throw ConfigError(
+          fmt::format("worker {} was not started, or is there twice", worker.incarnation));
   }
-  report.generation = generation_from(object);
-  report.committed = whole_in(object, "committed");
-  report.taken_up = generation_number(object, "taken_up");
+  check_generation(report.generation);
   return report;
 }
 
 Assignment assignment_from(const json& object) {
-  Assignment assignment;
-  assignment.term = whole_in(object, "term");
-  assignment.acknowledged = whole_in(object, "acknowledged");
-  assignment.generation = generation_from(object);
-  assignment.over = number(object, "over", kMostGenerations);
-  assignment.start = number(object, "start", kMostIncarnations);
-  for (const json& one : list(object, "kill", kMaxSeats)) {
-    if (!one.is_number_unsigned()) throw ConfigError("'kill' is no list of workers");
-    assignment.kill.push_back(one.get<std::uint64_t>());
-  }
-  assignment.taken_up = generation_number(object, "taken_up");
-  if (const auto end = object.find("end"); end != object.end())
-    assignment.end = {.ok = flag(*end, "ok"), .reason = text_in(*end, "reason")};
+  auto assignment = read<Assignment>(object);
+  check("over", assignment.over, kMostGenerations);
+  check("start", assignment.start, kMostIncarnations);
+  check("kill", assignment.kill.size(), kMaxSeats);
+  check("taken_up", assignment.taken_up, kMostGenerations);
+  check_generation(assignment.generation);
   return assignment;
 }
 

@@ -68,10 +68,9 @@ TEST(MembershipWire, WhatIsDamagedIsRefused) {
   for (const auto& [name, value] : whole.items()) {
     json without = whole;
     without.erase(name);
-    if (name != "generation" && name != "taken_up") {
-      EXPECT_THROW(node_report_from(without), ConfigError) << name;
-    }
+    EXPECT_THROW(node_report_from(without), ConfigError) << name;
     for (const json& wrong : {json(-2), json(1e300), json::array({1}), json(nullptr)}) {
+      if (wrong.is_null() && (name == "generation" || name == "taken_up")) continue;  // none
       json other = whole;
       other[name] = wrong;
       EXPECT_THROW(node_report_from(other), ConfigError) << name << " " << wrong;

@@ -11,16 +11,17 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <unordered_set>
 
 #include "lockstep/base/error.h"
 #include "lockstep/collective/operation_record.h"
-#include "lockstep/observe/chrome_trace.h"
 
 namespace lockstep {
 namespace {
 
 namespace fs = std::filesystem;
+using nlohmann::json;
 
 constexpr std::size_t kBufferBytes = 1 << 20;
 
@@ -37,14 +38,15 @@ UniqueFd open_or_refuse(const fs::path& path) {
   return fd;
 }
 
-// A file that appears under its name when it is complete.
+// A Chrome trace ("Trace Event Format", the JSON object form, as Perfetto opens it). Appears under
+// its name when it is complete.
 class TraceFile {
  public:
   explicit TraceFile(const fs::path& path)
       : path_(path),
         temporary_(path.string() + ".tmp"),
         fd_(::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)),
-        buffer_(kChromeTraceHead) {
+        buffer_(R"({"displayTimeUnit":"ns","traceEvents":[)") {
     if (!fd_) throw error(errno);
   }
   ~TraceFile() {
@@ -53,14 +55,14 @@ class TraceFile {
   TraceFile(const TraceFile&) = delete;
   TraceFile& operator=(const TraceFile&) = delete;
 
-  void add(const std::string& event) {
+  void add(const json& event) {
     buffer_ += first_ ? "\n" : ",\n";
-    buffer_ += event;
+    buffer_ += event.dump(-1, ' ', false, json::error_handler_t::replace);
     first_ = false;
     if (buffer_.size() >= kBufferBytes) flush();
   }
   void finish() {
-    buffer_ += kChromeTraceTail;
+    buffer_ += "\n]}\n";
     flush();
     if (::rename(temporary_.c_str(), path_.c_str()) != 0) throw error(errno);
     fd_ = UniqueFd();
@@ -87,7 +89,7 @@ class RankEvents {
  public:
   RankEvents(TraceFile& file, int rank, std::int64_t now_ns)
       : file_(file), rank_(rank), now_ns_(now_ns) {
-    file_.add(chrome_process_name(rank, fmt::format("rank {}", rank)));
+    name_it("process_name", 0, fmt::format("rank {}", rank));
   }
 
   void add(const OperationCopy& copy) {
@@ -97,30 +99,35 @@ class RankEvents {
     const std::int64_t end = operation.state == OperationState::open
                                  ? now_ns_
                                  : std::clamp<std::int64_t>(operation.ended_at_ns, start, now_ns_);
-    file_.add(chrome_event(
-        {.process = rank_,
-         .thread = thread_of(operation.group),
-         .name = operation.name(),
-         .start_ns = start,
-         .duration_ns = end - start,
-         .arguments = {{"call", describe(call)},
-                       {"tag", std::string(call.tag.view())},
-                       {"dtype", has_name(call.dtype) ? std::string(name_of(call.dtype)) : "?"},
-                       {"bytes", operation.bytes()},
-                       {"sequence", call.sequence},
-                       {"generation", call.generation},
-                       {"waited_us", static_cast<double>(operation.waited.count()) * 1e-3},
-                       {"state", std::string(name_of(operation.state))}}}));
+    file_.add({{"name", operation.name()},
+               {"ph", "X"},
+               {"pid", rank_},
+               {"tid", thread_of(operation.group)},
+               {"ts", microseconds(start)},
+               {"dur", microseconds(end - start)},
+               {"args",
+                {{"call", describe(call)},
+                 {"tag", std::string(call.tag.view())},
+                 {"dtype", has_name(call.dtype) ? name_of(call.dtype) : "?"},
+                 {"bytes", operation.bytes()},
+                 {"sequence", call.sequence},
+                 {"generation", call.generation},
+                 {"waited_us", microseconds(operation.waited.count())},
+                 {"state", name_of(operation.state)}}}});
   }
 
  private:
   static bool has_name(Dtype dtype) { return static_cast<int>(dtype) < kDtypeCount; }
   int thread_of(const std::string& group) {
     const auto [thread, is_new] = threads_.try_emplace(group, static_cast<int>(threads_.size()));
-    if (is_new)
-      file_.add(chrome_thread_name(rank_, thread->second, group.empty() ? "all ranks" : group));
+    if (is_new) name_it("thread_name", thread->second, group.empty() ? "all ranks" : group);
     return thread->second;
   }
+  void name_it(const char* what, int thread, const std::string& name) {
+    file_.add(
+        {{"name", what}, {"ph", "M"}, {"pid", rank_}, {"tid", thread}, {"args", {{"name", name}}}});
+  }
+  static double microseconds(std::int64_t ns) { return static_cast<double>(ns) * 1e-3; }
 
   TraceFile& file_;
   const int rank_;

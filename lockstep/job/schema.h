@@ -1,5 +1,5 @@
 // The schema of a job file: one table that drives parsing, hints, checks, writing and the
-// documentation. Internal to job/. Constant data; any thread.
+// documentation. For job/ and the commands. Constant data; any thread.
 #pragma once
 
 #include <cstdint>

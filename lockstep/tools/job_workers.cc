@@ -49,44 +49,32 @@ struct Report {
 }  // namespace
 
 bool run_worker_job(const WorkerJob& job) {
-  AgentOptions options;
-  options.nodes = job.nodes;
-  options.master_addr = job.master_addr;
+  AgentOptions options = job.agent;
+  const WorkerSettings& settings = job.job.workers;
   // The job's are all nodes'.
-  options.workers = static_cast<int>(job.job.workers.count) / (job.nodes ? job.nodes->most : 1);
+  options.workers = static_cast<int>(settings.count) / (options.nodes ? options.nodes->most : 1);
+  options.least = static_cast<int>(settings.min) / (options.nodes ? options.nodes->least : 1);
   options.zygote = job.command == "train";
   options.command = {worker_program(), job.command};
   if (options.zygote) options.command.insert(options.command.begin() + 1, "--zygote");
-  options.environment = job.environment;
   options.environment["LOCKSTEP_JOB"] = to_toml(job.job);
-  options.threads = static_cast<int>(job.job.workers.threads);
-  options.segment = job.segment;
-  const WorkerSettings& settings = job.job.workers;
-  const auto duration = [](double value) {
-    return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
-  };
-  options.elastic = job.elastic.elastic;
-  options.kills = job.kills;
-  options.least = static_cast<int>(settings.min) / (job.nodes ? job.nodes->least : 1);
-  options.standby = job.elastic.standby;
-  options.control = job.elastic.control;
-  options.max_restarts = job.elastic.max_restarts;
-  options.restart_window = duration(job.elastic.restart_window_s);
-  if (job.elastic.elastic) {
+  options.threads = static_cast<int>(settings.threads);
+  if (options.elastic) {
+    const auto duration = [](double value) {
+      return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+    };
     // Whoever keeps the others waiting for longer than a collective may take ends them.
     options.hang_timeout = duration(std::min(settings.hang_timeout_s, settings.timeout_s));
     options.start_timeout = duration(settings.timeout_s);
   }
   options.console = &console();
-  options.on_line = job.on_line;
-  options.on_tick = job.on_tick;
   std::map<std::string, Report> errors;  // by kind, the first of each
   options.on_event = [&](int rank, const nlohmann::json& event) {
     if (event.at("event") == "recovered") errors.clear();  // of those that were replaced
     if (event.at("event") == "error")
       errors.try_emplace(event.at("kind"), Report{rank, event.at("message")});
     else
-      job.on_event(rank, event);
+      job.agent.on_event(rank, event);
   };
   const AgentResult result = run_agent(options);
   if (!result.ok) throw_cause(result, errors);

@@ -123,18 +123,18 @@ int predict_command(const std::vector<std::string>& arguments, const Start&) {
   WorkerJob run;
   run.command = "predict";
   run.job = job_of(flags);
-  run.segment = Segment::create({.seats = static_cast<int>(run.job.workers.count)});
-  run.environment["LOCKSTEP_WEIGHTS"] =
+  run.agent.segment = Segment::create({.seats = static_cast<int>(run.job.workers.count)});
+  run.agent.environment["LOCKSTEP_WEIGHTS"] =
       fs::absolute(fs::path(flags.folder) / "model.safetensors").string();
-  run.environment["LOCKSTEP_PREDICT_DATA"] =
+  run.agent.environment["LOCKSTEP_PREDICT_DATA"] =
       flags.data.empty() ? "" : fs::absolute(flags.data).string();
   PredictionFile file(flags.output);
-  run.on_event = [&](int, const nlohmann::json& event) {
+  run.agent.on_event = [&](int, const nlohmann::json& event) {
     if (event.at("event") == "predictions") file.take(event.at("block"), event.at("text"));
     if (event.at("event") == "message" && !flags.quiet)
       print(event.at("text").get_ref<const std::string&>() + "\n");
   };
-  run.on_line = [&](int rank, bool error, std::string_view line) {
+  run.agent.on_line = [&](int rank, bool error, std::string_view line) {
     const std::string text = fmt::format("[rank {}] {}\n", rank, line);
     if (error)
       print_error(text);

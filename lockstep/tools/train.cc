@@ -10,6 +10,7 @@
 
 #include "lockstep/base/file.h"
 #include "lockstep/job/job.h"
+#include "lockstep/job/schema.h"
 #include "lockstep/observe/event.h"
 #include "lockstep/observe/run_log.h"
 #include "lockstep/observe/status.h"
@@ -31,7 +32,8 @@ namespace fs = std::filesystem;
 struct TrainFlags {
   std::string name, workers, threads, epochs, data, output, report, resume, hang_timeout, dashboard;
   std::vector<std::string> settings;
-  ElasticSettings elastic{.elastic = true, .max_restarts = 10};
+  AgentOptions agent;
+  double restart_window_s = 60;
   InjectFlags inject;
   ControlFlags control;
   NodeFlags nodes;
@@ -46,15 +48,15 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--workers", flags.workers,
                  "processes (workers.count); MIN:MAX: goes on with MIN, has MAX where it can; with "
                  "--nnodes: on each node");
-  app.add_option("--max-restarts", flags.elastic.max_restarts,
+  app.add_option("--max-restarts", flags.agent.max_restarts,
                  "workers that die or hang are replaced, so many within the window; 0: one's "
                  "death ends the run")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  app.add_option("--restart-window", flags.elastic.restart_window_s, "seconds")
+  app.add_option("--restart-window", flags.restart_window_s, "seconds")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app.add_option("--standby", flags.elastic.standby, "workers more that are ready to fill in")
+  app.add_option("--standby", flags.agent.standby, "workers more that are ready to fill in")
       ->check(CLI::Range(0, kMaxSeats / 2))
       ->capture_default_str();
   app.add_option("--hang-timeout", flags.hang_timeout,
@@ -76,18 +78,6 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   add_node_flags(app, flags.nodes);
   app.add_flag("--quiet", flags.quiet, "print nothing");
   app.add_flag("--overwrite", flags.overwrite, "replace the run in the output folder");
-}
-
-// As a TOML string, so that a folder named 12 stays a name.
-std::string quoted(const std::string& text) {
-  std::string result = "\"";
-  for (const char c : text) {
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
-      result += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
-    else
-      result += (c == '"' || c == '\\' ? std::string("\\") : std::string()) + c;
-  }
-  return result + "\"";
 }
 
 std::vector<Override> overrides_of(const TrainFlags& flags) {
@@ -120,7 +110,7 @@ std::vector<Override> overrides_of(const TrainFlags& flags) {
   add("workers.hang_timeout_s", flags.hang_timeout, "--hang-timeout");
   add("workers.threads", flags.threads, "--threads");
   add("train.epochs", flags.epochs, "--epochs");
-  if (!flags.data.empty()) add("data", quoted(flags.data), "--data");
+  if (!flags.data.empty()) add("data", job::toml_string(flags.data), "--data");
   return overrides;
 }
 
@@ -188,28 +178,30 @@ WorkerJob worker_job(const Job& job, const TrainFlags& flags) {
   WorkerJob run;
   run.command = "train";
   run.job = job;
-  run.elastic = flags.elastic;
+  run.agent = flags.agent;
+  run.agent.restart_window = std::chrono::duration_cast<Clock::duration>(
+      std::chrono::duration<double>(flags.restart_window_s));
   if (job.train.strategy != "shared_weights") {  // replicas are not recovered
-    run.elastic.elastic = false;
-    run.elastic.max_restarts = 0;
+    run.agent.elastic = false;
+    run.agent.max_restarts = 0;
   }
   int here = static_cast<int>(job.workers.count);
   if (flags.place) {
-    run.nodes = flags.place->options;
-    run.master_addr = flags.place->host;
-    run.environment = flags.place->environment;
-    if (here % run.nodes->most != 0)
-      throw ConfigError(
-          fmt::format("{} workers on {} nodes: not the same number on each", here, run.nodes->most),
-          "--workers says how many on each");
-    here /= run.nodes->most;
-    run.nodes->same["job"] = to_toml(job);
-    run.nodes->same["--max-restarts"] = std::to_string(flags.elastic.max_restarts);
-    run.nodes->same["--standby"] = std::to_string(flags.elastic.standby);
-    if (!flags.resume.empty()) run.nodes->same["--resume"] = "given";
+    run.agent.nodes = flags.place->options;
+    run.agent.master_addr = flags.place->host;
+    run.agent.environment = flags.place->environment;
+    if (here % run.agent.nodes->most != 0)
+      throw ConfigError(fmt::format("{} workers on {} nodes: not the same number on each", here,
+                                    run.agent.nodes->most),
+                        "--workers says how many on each");
+    here /= run.agent.nodes->most;
+    run.agent.nodes->same["job"] = to_toml(job);
+    run.agent.nodes->same["--max-restarts"] = std::to_string(flags.agent.max_restarts);
+    run.agent.nodes->same["--standby"] = std::to_string(flags.agent.standby);
+    if (!flags.resume.empty()) run.agent.nodes->same["--resume"] = "given";
   }
-  run.segment = Segment::create(
-      {.seats = seats_for(here, flags.elastic.standby, flags.elastic.max_restarts > 0)});
+  run.agent.segment = Segment::create(
+      {.seats = seats_for(here, flags.agent.standby, flags.agent.max_restarts > 0)});
   return run;
 }
 
@@ -220,17 +212,17 @@ void train_here(const Job& job, const TrainFlags& flags) {
   const std::string& given = !flags.resume.empty() ? flags.resume : flags.output;
   // Used where rank 0 should come to be here.
   const fs::path folder = !given.empty() ? given : fmt::format("runs/{}-node", job.recipe);
-  run.environment["LOCKSTEP_CHECKPOINTS"] = (folder / "checkpoints").string();
-  if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
-  run.kills = inject(flags.inject, workers, run.environment);
-  run.on_event = [&](int rank, const nlohmann::json& event) {
+  run.agent.environment["LOCKSTEP_CHECKPOINTS"] = (folder / "checkpoints").string();
+  if (!flags.resume.empty()) run.agent.environment["LOCKSTEP_RESUME"] = "1";
+  run.agent.kills = inject(flags.inject, workers, run.agent.environment);
+  run.agent.on_event = [&](int rank, const nlohmann::json& event) {
     const std::string& kind = event.at("event").get_ref<const std::string&>();
     if (flags.quiet || rank >= 0) return;
     if (kind == "message") print(event.at("text").get<std::string>() + "\n");
     if (kind == "generation" && event.at("generation") > 0)
       print(event.at("reason").get<std::string>() + "\n");
   };
-  run.on_line = [](int rank, bool error, std::string_view line) {
+  run.agent.on_line = [](int rank, bool error, std::string_view line) {
     (error ? print_error : print)(fmt::format("[rank {}] {}\n", rank, line));
   };
   if (run_worker_job(run)) throw Preempted("stopped as asked; node 0 has saved");
@@ -246,12 +238,12 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
   const auto page = page_for(job, flags, folder.path(), start);
   const int workers = static_cast<int>(job.workers.count);
   WorkerJob run = worker_job(job, flags);
-  run.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
-  if (!flags.resume.empty()) run.environment["LOCKSTEP_RESUME"] = "1";
-  run.kills = inject(flags.inject, workers, run.environment);
-  ControlChannel control(flags.control, folder.path(), run.nodes ? run.nodes->most : 1);
-  run.elastic.control = &control.server();
-  SnapshotSaver snapshots(folder.path() / "model.safetensors", run.segment);
+  run.agent.environment["LOCKSTEP_CHECKPOINTS"] = folder.checkpoints().string();
+  if (!flags.resume.empty()) run.agent.environment["LOCKSTEP_RESUME"] = "1";
+  run.agent.kills = inject(flags.inject, workers, run.agent.environment);
+  ControlChannel control(flags.control, folder.path(), run.agent.nodes ? run.agent.nodes->most : 1);
+  run.agent.control = &control.server();
+  SnapshotSaver snapshots(folder.path() / "model.safetensors", run.agent.segment);
   RunLog log({.output = folder.path(),
               .report_copy = flags.report,
               .quiet = flags.quiet,
@@ -265,14 +257,14 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
               .clock = monotonic_seconds,
               .print = print});
   std::string ended_because;
-  run.on_event = [&](int rank, const nlohmann::json& event) {
+  run.agent.on_event = [&](int rank, const nlohmann::json& event) {
     if (event.at("event") == "finished") ended_because = event.at("reason");
     if (event.at("event") == "snapshot") snapshots.take(event);
     if (event.at("event") == "ready" && !log.files_made()) folder.begin(to_toml(job));
     log.on_event(rank, event);
     if (page) page->take(rank, event);
   };
-  run.on_line = [&](int rank, bool error, std::string_view line) {
+  run.agent.on_line = [&](int rank, bool error, std::string_view line) {
     const std::string text = fmt::format("[rank {}] {}", rank, line);
     if (page) page->take(rank, {{"event", "output"}, {"text", line}});
     if (error)
@@ -280,7 +272,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
     else
       log.print_line(text);
   };
-  run.on_tick = [&] {
+  run.agent.on_tick = [&] {
     if (log.files_made()) snapshots.save();
     if (console().idle()) log.on_tick();  // no new bar before the last one is shown
     if (page) page->tick();
@@ -309,7 +301,7 @@ void train(const Job& job, const TrainFlags& flags, const Start& start) {
                         dynamic_cast<const Preempted*>(&error) == nullptr &&
                         dynamic_cast<const ConfigError*>(&error) == nullptr;
     if (failed && log.files_made())
-      print_flight_record(*run.segment, folder.path() / "flight_recorder.json");
+      print_flight_record(*run.agent.segment, folder.path() / "flight_recorder.json");
     throw;
   }
 }
@@ -346,6 +338,8 @@ void resume(const TrainFlags& flags, const Start& start) {
 int train_command(const std::vector<std::string>& arguments, const Start& start) {
   CLI::App app("Trains a recipe or a job file on several workers.", "lockstep train");
   TrainFlags flags;
+  flags.agent.elastic = true;
+  flags.agent.max_restarts = 10;
   add_flags(app, flags);
   if (!parse_arguments(app, arguments)) return 0;
   if (!flags.nodes.hostfile.empty())

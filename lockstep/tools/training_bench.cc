@@ -42,8 +42,7 @@ void add_flags(CLI::App& app, Flags& flags) {
 
 void check(const Flags& flags) {
   if (flags.workers < 1 || flags.workers > kMaxSeats)
-    throw ConfigError(
-        fmt::format("--workers {} is not from 1 to {}", flags.workers, kMaxSeats));
+    throw ConfigError(fmt::format("--workers {} is not from 1 to {}", flags.workers, kMaxSeats));
   if (flags.threads < 1) throw ConfigError(fmt::format("--threads {} is none", flags.threads));
   if (!(flags.seconds > 0 && flags.seconds <= 1e6))
     throw ConfigError(fmt::format("--seconds {} is not above 0", flags.seconds));
@@ -89,17 +88,17 @@ nlohmann::ordered_json measure(const Flags& flags, const std::string& work,
   run.job = resolve_job("linear-regression",
                         {{"workers.count", fmt::format("{}", flags.workers), "--workers"},
                          {"workers.threads", fmt::format("{}", flags.threads), "--threads"}});
-  run.segment = Segment::create({.seats = flags.workers});
-  run.environment["LOCKSTEP_BENCH"] = nlohmann::json{
+  run.agent.segment = Segment::create({.seats = flags.workers});
+  run.agent.environment["LOCKSTEP_BENCH"] = nlohmann::json{
       {"work", work},
       {"mode", mode},
       {"seconds", flags.seconds},
       {"precision", flags.precision}}.dump();
   std::vector<nlohmann::json> ranks;
-  run.on_event = [&](int, const nlohmann::json& event) {
+  run.agent.on_event = [&](int, const nlohmann::json& event) {
     if (event.at("event") == "solution") ranks.push_back(event.at("values"));
   };
-  run.on_line = [](int rank, bool, std::string_view line) {
+  run.agent.on_line = [](int rank, bool, std::string_view line) {
     print_error(fmt::format("[rank {}] {}\n", rank, line));
   };
   run_worker_job(run);
