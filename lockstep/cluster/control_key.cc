@@ -20,7 +20,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::size_t kKeyCharacters = 40;
-constexpr std::size_t kMaxFileBytes = std::size_t{64} << 10;
+constexpr off_t kMaxFileBytes = 64 << 10;
 constexpr mode_t kOthers = 077;
 constexpr std::string_view kZ85 =
     "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#";
@@ -97,18 +97,8 @@ std::string read_private_file(const fs::path& path) {
     throw ConfigError(
         fmt::format("others than its owner may use it (mode {:04o})", status.st_mode & 07777),
         "its secret may be known: make a new one, and chmod 600");
-  std::string text(kMaxFileBytes + 1, '\0');
-  std::size_t used = 0;
-  while (used < text.size()) {
-    const ssize_t count = ::read(fd.get(), text.data() + used, text.size() - used);
-    if (count < 0 && errno == EINTR) continue;
-    if (count < 0) throw Error(fmt::format("cannot read {}: {}", path.string(), errno_text(errno)));
-    if (count == 0) break;
-    used += static_cast<std::size_t>(count);
-  }
-  if (used > kMaxFileBytes) throw ConfigError("it is too long");
-  text.resize(used);
-  return text;
+  if (status.st_size > kMaxFileBytes) throw ConfigError("it is too long");
+  return read_text_file(fmt::format("/proc/self/fd/{}", fd.get()));  // what was looked at
 }
 
 void write_private_file(const fs::path& path, std::string_view text) {

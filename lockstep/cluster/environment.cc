@@ -90,24 +90,14 @@ Place torchrun_place(const Environment& environment) {
   return place;
 }
 
-Place open_mpi_place(const Environment& environment) {
-  Place place{.launcher = Launcher::open_mpi};
-  read_ranks(environment,
-             {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-              "OMPI_COMM_WORLD_LOCAL_SIZE"},
-             place);
-  for (const char* name : {"PMIX_NAMESPACE", "OMPI_MCA_orte_ess_jobid", "OMPI_MCA_ess_base_jobid"})
+// `ids`: the first of them that is set tells jobs apart.
+Place mpi_place(Launcher launcher, std::string_view prefix, const Names& names,
+                std::initializer_list<const char*> ids, const Environment& environment) {
+  Place place{.launcher = launcher};
+  read_ranks(environment, names, place);
+  for (const char* name : ids)
     if (const std::string* id = find(environment, name); id != nullptr && place.job_id.empty())
-      place.job_id = "open_mpi." + *id;
-  return place;
-}
-
-Place pmi_place(const Environment& environment) {
-  Place place{.launcher = Launcher::pmi};
-  read_ranks(environment, {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"}, place);
-  for (const char* name : {"PMI_JOBID", "PMI_KVSNAME", "PMI_PORT"})
-    if (const std::string* id = find(environment, name); id != nullptr && place.job_id.empty())
-      place.job_id = "pmi." + *id;
+      place.job_id = fmt::format("{}.{}", prefix, *id);
   return place;
 }
 
@@ -177,21 +167,9 @@ Environment process_environment() {
 }
 
 std::string_view name_of(Launcher launcher) {
-  switch (launcher) {
-    case Launcher::alone:
-      return "no launcher";
-    case Launcher::lockstep:
-      return "lockstep run";
-    case Launcher::torchrun:
-      return "torchrun";
-    case Launcher::open_mpi:
-      return "mpirun";
-    case Launcher::pmi:
-      return "mpiexec";
-    case Launcher::slurm:
-      return "srun";
-  }
-  return "unknown";
+  constexpr std::string_view kNames[] = {"no launcher", "lockstep run", "torchrun",
+                                         "mpirun",      "mpiexec",      "srun"};
+  return kNames[static_cast<int>(launcher)];
 }
 
 namespace {
@@ -205,10 +183,17 @@ Place launched_place(const Environment& environment) {
   if (has("TORCHELASTIC_RUN_ID") || (has("RANK") && has("WORLD_SIZE") && has("LOCAL_RANK")))
     return torchrun_place(environment);
   if (has("OMPI_COMM_WORLD_RANK") || has("OMPI_COMM_WORLD_SIZE"))
-    return open_mpi_place(environment);
+    return mpi_place(Launcher::open_mpi, "open_mpi",
+                     {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+                      "OMPI_COMM_WORLD_LOCAL_SIZE"},
+                     {"PMIX_NAMESPACE", "OMPI_MCA_orte_ess_jobid", "OMPI_MCA_ess_base_jobid"},
+                     environment);
   if (has("PMI_RANK") || has("PMI_SIZE")) {
     // Slurm's own PMI sets these without the local ones.
-    if (!has("SLURM_STEP_ID") || has("MPI_LOCALRANKID")) return pmi_place(environment);
+    if (!has("SLURM_STEP_ID") || has("MPI_LOCALRANKID"))
+      return mpi_place(Launcher::pmi, "pmi",
+                       {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
+                       {"PMI_JOBID", "PMI_KVSNAME", "PMI_PORT"}, environment);
   }
   if (has("SLURM_PROCID") && has("SLURM_STEP_ID")) return slurm_place(environment);
   if (has("RANK") || has("WORLD_SIZE")) return torchrun_place(environment);

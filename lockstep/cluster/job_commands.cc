@@ -1,15 +1,16 @@
 #include "lockstep/cluster/job_commands.h"
 
-#include <fmt/format.h>
-
 #include <limits>
-#include <nlohmann/json.hpp>
 
-#include "lockstep/base/error.h"
 #include "lockstep/cluster/control.h"
 #include "lockstep/cluster/control_message.h"
+#include "lockstep/cluster/json_reading.h"
 
 namespace lockstep {
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(JobStatus, workers, wanted, least, most, generation, first_step,
+                                   step, reason)
+
 namespace {
 
 using nlohmann::json;
@@ -21,26 +22,9 @@ int count_in(const json& object, const char* member) {
   return static_cast<int>(count);
 }
 
-json to_json(const JobStatus& status) {
-  json object{{"workers", status.workers}, {"wanted", status.wanted},
-              {"least", status.least},     {"most", status.most},
-              {"reason", status.reason},   {"generation", status.generation}};
-  if (status.first_step) object["first_step"] = *status.first_step;
-  if (status.step) object["step"] = *status.step;
-  return object;
-}
-
 JobStatus status_from(const json& object) {
   try {
-    JobStatus status{.workers = count_in(object, "workers"),
-                     .wanted = count_in(object, "wanted"),
-                     .least = count_in(object, "least"),
-                     .most = count_in(object, "most"),
-                     .generation = whole_in(object, "generation"),
-                     .reason = text_in(object, "reason")};
-    if (object.contains("first_step")) status.first_step = whole_in(object, "first_step");
-    if (object.contains("step")) status.step = whole_in(object, "step");
-    return status;
+    return read_json<JobStatus>(object);
   } catch (const ConfigError& error) {
     throw Error(fmt::format("the job's answer cannot be read: {}", error.what()));
   }
@@ -70,7 +54,7 @@ json answer_command(ControlHandler& handler, const ControlRequest& request) {
     scale(handler, count_in(request.arguments, "workers"));
   else if (request.action != "status")
     throw ConfigError(fmt::format("there is no action '{:.40}'", request.action));
-  return to_json(handler.status());
+  return handler.status();
 }
 
 JobStatus ask_status(ControlClient& client, const Deadline& deadline) {

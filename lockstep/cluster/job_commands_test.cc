@@ -41,6 +41,7 @@ TEST(JobCommands, WhatTheHandlerIsAsked) {
                           {"most", 4},
                           {"generation", 3},
                           {"first_step", 117},
+                          {"step", nullptr},
                           {"reason", ""}}));
   EXPECT_EQ(answer_command(job, {2, "scale", {{"workers", 4}}})["wanted"], 4);
   EXPECT_EQ(job.state.wanted, 4);

@@ -1,29 +1,22 @@
 #include "lockstep/cluster/job_nodes.h"
 
-#include <fmt/format.h>
-
-#include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "lockstep/base/error.h"
-#include "lockstep/cluster/control_message.h"
+#include "lockstep/cluster/json_reading.h"
 #include "lockstep/memory/segment.h"
 
 namespace lockstep {
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(NodeIntroduction, rank, host, agent, after, least, workers, same)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(NodeWelcome, node, first_rank, workers, least, most, nodes,
+                                   restarts, lease, master_addr, run_id, master_port)
+
 namespace {
 
 using nlohmann::json;
 
 constexpr int kMost = 1 << 30;
 constexpr std::size_t kMostShown = 60;
-
-int number(const json& object, const char* member, int least = 0, int most = kMost) {
-  const auto found = object.find(member);
-  if (found == object.end() || !found->is_number_integer() || found->get<std::int64_t>() < least ||
-      found->get<std::int64_t>() > most)
-    throw ConfigError(fmt::format("it has no '{}' from {} to {}", member, least, most));
-  return found->get<int>();
-}
 
 std::string shown(const std::string& text) {
   return text.empty()                ? "not given"
@@ -45,52 +38,26 @@ std::pair<std::string, std::string> difference(const std::string& one, const std
 
 }  // namespace
 
-json to_json(const NodeIntroduction& node) {
-  return {{"rank", node.rank},   {"host", node.host},   {"agent", node.agent},
-          {"after", node.after}, {"least", node.least}, {"workers", node.workers},
-          {"same", node.same}};
-}
-
-json to_json(const NodeWelcome& welcome) {
-  json object{{"node", welcome.node},
-              {"first_rank", welcome.first_rank},
-              {"workers", welcome.workers},
-              {"least", welcome.least},
-              {"most", welcome.most},
-              {"nodes", welcome.nodes},
-              {"restarts", welcome.restarts},
-              {"master_addr", welcome.master_addr},
-              {"master_port", welcome.master_port},
-              {"run_id", welcome.run_id}};
-  object["lease_ms"] = std::chrono::duration_cast<std::chrono::milliseconds>(welcome.lease).count();
-  return object;
-}
+json to_json(const NodeIntroduction& introduction) { return introduction; }
+json to_json(const NodeWelcome& welcome) { return welcome; }
 
 NodeIntroduction introduction_from(const json& object) {
-  NodeIntroduction node{.rank = number(object, "rank"),
-                        .host = text_in(object, "host"),
-                        .agent = text_in(object, "agent"),
-                        .after = number(object, "after", -1),
-                        .least = number(object, "least", 1, kMaxSeats),
-                        .workers = number(object, "workers", 1, kMaxSeats)};
-  const auto same = object.find("same");
-  if (same == object.end() || !same->is_object()) throw ConfigError("it has no object 'same'");
-  for (const auto& [name, value] : same->items()) node.same[name] = text_in(*same, name.c_str());
+  auto node = read_json<NodeIntroduction>(object);
+  check("rank", node.rank, kMost);
+  check("after", node.after + 1, kMost);
+  check("least", node.least - 1, kMaxSeats - 1);
+  check("workers", node.workers - 1, kMaxSeats - 1);
   return node;
 }
 
 NodeWelcome welcome_from(const json& object) {
-  return {.node = number(object, "node"),
-          .first_rank = number(object, "first_rank"),
-          .workers = number(object, "workers", 1),
-          .least = number(object, "least", 1),
-          .most = number(object, "most", 1),
-          .nodes = number(object, "nodes", 1),
-          .restarts = number(object, "restarts"),
-          .lease = std::chrono::milliseconds(number(object, "lease_ms", 1)),
-          .master_addr = text_in(object, "master_addr"),
-          .run_id = text_in(object, "run_id"),
-          .master_port = number(object, "master_port", 0, 65535)};
+  auto welcome = read_json<NodeWelcome>(object);
+  for (const int count : {welcome.node, welcome.first_rank, welcome.restarts, welcome.least - 1,
+                          welcome.workers - 1, welcome.most - 1, welcome.nodes - 1})
+    check("count", count, kMost);
+  check("lease", welcome.lease.count() - 1, ~std::uint64_t{0} >> 1);
+  check("master_port", welcome.master_port, 65535);
+  return welcome;
 }
 
 void check_same(const NodeIntroduction& there, const NodeIntroduction& here) {

@@ -1,11 +1,8 @@
 #include "lockstep/cluster/membership_wire.h"
 
-#include <fmt/format.h>
-
-#include <nlohmann/json.hpp>
 #include <set>
 
-#include "lockstep/base/error.h"
+#include "lockstep/cluster/json_reading.h"
 #include "lockstep/memory/generation_board.h"
 #include "lockstep/memory/segment.h"
 
@@ -16,17 +13,8 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(JobGeneration, number, members, leaving, over
 
 }  // namespace lockstep
 
-namespace nlohmann {  // none: null
+namespace nlohmann {
 
-template <typename T>
-struct adl_serializer<std::optional<T>> {
-  static void to_json(json& to, const std::optional<T>& value) {
-    if (value) to = *value;
-  }
-  static void from_json(const json& from, std::optional<T>& value) {
-    if (!from.is_null()) value = from.get<T>();
-  }
-};
 template <>
 struct adl_serializer<lockstep::GenerationPtr> {
   static void to_json(json& to, const lockstep::GenerationPtr& value) {
@@ -57,32 +45,6 @@ using nlohmann::json;
 // Far above what a job can have: so that nobody is made to count to it.
 constexpr std::uint64_t kMostIncarnations = 1 << 20, kMostMembers = 1 << 17, kMostNodes = 1 << 30;
 constexpr std::uint64_t kMostGenerations = std::uint64_t{1} << 62, kMostPid = 1 << 30;
-
-// The conversions take any number for any other: none here has a point, or a sign but for -1.
-void check_numbers(const json& value) {
-  if (value.is_number_float() || (value.is_number_integer() && value < -1))
-    throw ConfigError(fmt::format("{} counts nothing", value.dump()));
-  if (value.is_structured())
-    for (const json& part : value) check_numbers(part);
-}
-
-template <typename T>
-T read(const json& object) {
-  check_numbers(object);
-  try {
-    return object.get<T>();
-  } catch (const json::exception& error) {
-    throw ConfigError(error.what());
-  }
-}
-
-void check(const char* what, auto value, std::uint64_t most) {
-  if (static_cast<std::uint64_t>(value) > most)
-    throw ConfigError(fmt::format("'{}' is {}, at most {}", what, value, most));
-}
-void check(const char* what, const std::optional<std::uint64_t>& value, std::uint64_t most) {
-  if (value) check(what, *value, most);
-}
 
 // What a Member and a WorkerReport have alike.
 void check_worker(const auto& worker) {
@@ -119,7 +81,7 @@ json to_json(const NodeReport& report) { return report; }
 json to_json(const Assignment& assignment) { return assignment; }
 
 NodeReport node_report_from(const json& object) {
-  auto report = read<NodeReport>(object);
+  auto report = read_json<NodeReport>(object);
   check("node", report.node, kMostNodes);
   check("rank", report.rank + 1, kMostNodes);
   check("room", report.room, kMaxSeats);
@@ -141,7 +103,7 @@ NodeReport node_report_from(const json& object) {
 }
 
 Assignment assignment_from(const json& object) {
-  auto assignment = read<Assignment>(object);
+  auto assignment = read_json<Assignment>(object);
   check("over", assignment.over, kMostGenerations);
   check("start", assignment.start, kMostIncarnations);
   check("kill", assignment.kill.size(), kMaxSeats);
