@@ -12,10 +12,9 @@
 #include <array>
 #include <atomic>
 #include <charconv>
-#include <condition_variable>
-#include <deque>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <semaphore>
 #include <thread>
 
 #include "lockstep/base/deadline.h"
@@ -92,44 +91,18 @@ class BoundedStream : public httplib::Stream {
 // hold more than kThreads + kMostWaiting + 1 descriptors.
 class BoundedQueue : public httplib::TaskQueue {
  public:
-  BoundedQueue() {
-    for (std::thread& thread : threads_) thread = std::thread([this] { work(); });
-  }
   void enqueue(std::function<void()> task) override {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return tasks_.size() < kMostWaiting; });
-    tasks_.push_back(std::move(task));
-    changed_.notify_all();
+    room_.acquire();
+    threads_.enqueue([this, task = std::move(task)] {
+      task();
+      room_.release();
+    });
   }
-  void shutdown() override {
-    {
-      const std::lock_guard lock(mutex_);
-      ending_ = true;
-    }
-    changed_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  void shutdown() override { threads_.shutdown(); }
 
  private:
-  void work() {
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [&] { return !tasks_.empty() || ending_; });
-      if (tasks_.empty()) return;
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      changed_.notify_all();
-      lock.unlock();
-      task();
-      lock.lock();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> tasks_;
-  bool ending_ = false;
-  std::array<std::thread, kThreads> threads_;
+  std::counting_semaphore<> room_{kThreads + kMostWaiting};
+  httplib::ThreadPool threads_{kThreads};
 };
 
 class Server : public httplib::Server {
@@ -174,16 +147,6 @@ bool is_loopback(std::string host) {
   if (colon != std::string::npos && host.find(']', colon) == std::string::npos) host.resize(colon);
   for (char& c : host) c = char(std::tolower(static_cast<unsigned char>(c)));
   return host == "127.0.0.1" || host == "localhost" || host == "[::1]";
-}
-
-// Signals are the agent's, which waits for them; a thread that takes one would end the process.
-template <typename Work>
-void without_signals(const Work& work) {
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  work();
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 }  // namespace
@@ -276,12 +239,15 @@ Dashboard::Dashboard(const std::string& place, const std::string& flag, double s
                       flag + " 0 takes a free port");
   // The library's queue of 5 in the kernel makes a browser's burst wait for a second or more.
   ::listen(listening, kMostInKernel);
-  without_signals([&] {
-    state.thread = std::thread([&state] {
-      state.server.listen_after_bind();
-      state.over = true;
-    });
+  // Signals are the agent's, which waits for them; a thread that takes one would end the process.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  state.thread = std::thread([&state] {
+    state.server.listen_after_bind();
+    state.over = true;
   });
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Dashboard::~Dashboard() {
