@@ -12,7 +12,7 @@
 
 #include "lockstep/collective/naive_test.h"
 #include "lockstep/collective/ranks_test.h"
-#include "lockstep/transport/transport.h"
+#include "lockstep/transport/nodes_test.h"
 
 namespace lockstep {
 
@@ -111,7 +111,37 @@ inline std::function<void(int, const Body&)> run_hierarchical(
   };
 }
 
+// Over the nodes that this process is one of: a remote group of the first ones where they have a
+// rank each, else a hierarchical one, made as a worker makes it.
+inline void run_test_nodes(int size, const Body& body) {
+  static std::uint64_t generation = 0;  // of the transports, in step on all nodes
+  const TestNode& here = *test_node();
+  const bool is_remote = std::ranges::count(here.local_sizes, 1) == std::ssize(here.local_sizes);
+  if (size > here.size() || (!is_remote && size < here.size())) return;
+  const auto segment = make_segment(here.local_sizes[here.node]);
+  ++generation;
+  here.run(size, [&](int rank) {
+    const GroupOptions options{.timeout = kTestTimeout, .key = "secret"};
+    std::shared_ptr<Group> everyone =
+        make_remote_group(here.connect(rank, size, generation), options);
+    if (is_remote) return body(*everyone);
+    const int local_rank = rank - here.first;
+    const bool carries = local_rank < *std::ranges::min_element(here.local_sizes);
+    body(*make_hierarchical_group({.local = make_shm_group(segment, local_rank, options),
+                                   .carriers = everyone->split(carries ? local_rank : -1, rank),
+                                   .local_sizes = here.local_sizes,
+                                   .node = here.node,
+                                   .everyone = everyone},
+                                  options));
+  });
+}
+
 inline std::vector<Backend> backends() {
+  if (const TestNode* here = test_node()) {
+    std::vector<int> sizes = {here->size()};
+    if (here->local_sizes == std::vector(4, 1)) sizes.insert(sizes.begin(), 3);
+    return {{"Nodes", sizes, run_test_nodes}};
+  }
   std::vector<Backend> all = {
       {"Solo", {1}, run_solo},
       {"ShmThreads", {1, 2, 3, 4, 5, 6, 7, 8}, run_shm_threads},

@@ -19,7 +19,7 @@
 #include <thread>
 #include <vector>
 
-#include "lockstep/transport/transport.h"
+#include "lockstep/transport/nodes_test.h"
 
 namespace lockstep {
 
@@ -30,11 +30,13 @@ struct Member {
   Endpoint& endpoint;
   std::vector<std::string> addresses;
   int rank = 0;
+  std::uint64_t generations_before = 0;  // of this endpoint
 
   int size() const { return static_cast<int>(addresses.size()); }
   std::unique_ptr<Transport> connect(std::uint64_t generation = 1) const {
-    return endpoint.connect(addresses, rank,
-                            {.generation = generation, .deadline = Deadline::after(kTestTimeout)});
+    return endpoint.connect(
+        addresses, rank,
+        {.generation = generations_before + generation, .deadline = Deadline::after(kTestTimeout)});
   }
 };
 using Body = std::function<void(const Member&)>;
@@ -128,8 +130,23 @@ inline void run_mpi(int size, const Body& body) {
   exchange_by_mpi("");
 }
 
+// The ranks of several nodes, of which this process is one.
+inline void run_test_nodes(int size, const Body& body) {
+  constexpr std::uint64_t kGenerations = 10;  // of one body, at most
+  static std::uint64_t before = 0;            // in step on all nodes
+  const TestNode& here = *test_node();
+  here.run(size, [&](int rank) {
+    body({*here.endpoints[rank - here.first],
+          {here.addresses.begin(), here.addresses.begin() + size},
+          rank,
+          before});
+  });
+  before += kGenerations;
+}
+
 inline std::vector<Backend> backends() {
   if (std::getenv("OMPI_COMM_WORLD_SIZE")) return {{"Mpi", run_mpi, false}};
+  if (test_node()) return {{"Nodes", run_test_nodes}};
   std::vector<Backend> all = {{"Loopback", run_loopback}};
   if (unavailable(Engine::ucx).empty())
     all.push_back(
