@@ -84,6 +84,7 @@ def test_existing_output_folder_is_refused_unless_overwritten(folder):
     after = {name: os.stat(f"{folder}/out/{name}").st_mtime_ns
              for name in os.listdir(f"{folder}/out")}
     equal(after, before, "the files that were there")
+    contains(lockstep("train", "linear-regression", "--auto-resume", code=2).err, "--output")
     report = train("linear-regression", f"{folder}/out", "--epochs", "2", "--overwrite")
     equal(len(report["epochs"]), 2)
 

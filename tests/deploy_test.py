@@ -53,7 +53,7 @@ def test_the_manifests_agree(folder):
     job, service = found["Job"]["spec"], found["Service"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    flags = dict(re.fullmatch(r"(--[a-z-]+)=(.*)", word).groups() for word in container["args"])
+    flags = dict(re.fullmatch(r"(--[a-z-]+)=?(.*)", word).groups() for word in container["args"])
     known = lockstep("train", "--help").out + lockstep("run", "--help").out
     equal([flag for flag in flags if not re.search(rf"{flag}[ ,]", known)], [], "unknown flags")
     equal([flags["--nnodes"]] * 2, [str(job["completions"]), str(job["parallelism"])])
@@ -69,6 +69,7 @@ def test_the_manifests_agree(folder):
     equal(volumes["runs"]["persistentVolumeClaim"]["claimName"],
           found["PersistentVolumeClaim"]["metadata"]["name"])
     assert flags["--output"].startswith(mounts["runs"] + "/"), flags
+    equal(flags["--auto-resume"], "", "what a pod that is started again does")
     equal({rule["containerName"] for policy in job["podFailurePolicy"]["rules"]
            for rule in [policy.get("onExitCodes")] if rule}, {container["name"]})
 

@@ -18,7 +18,7 @@ class Node:
     """lockstep train on one node; its output can be waited for."""
 
     def __init__(self, nodes, rank, command):
-        self.lines, self.changed = [], threading.Condition()
+        self.command, self.lines, self.changed = command, [], threading.Condition()
         self.process = nodes.run(rank, command, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.reader = threading.Thread(target=self.read)
@@ -43,14 +43,14 @@ class Node:
 
 
 @contextlib.contextmanager
-def training(folder, job, number, count, *arguments):
+def training(folder, job, number, count, *arguments, output=None):
     """The nodes, and what runs on each."""
     key = f"{folder}/key"
     if not os.path.exists(key):
         lockstep("key", key)
     with Nodes(number) as nodes:
         command = job.command("--nnodes", count, "--rdzv-endpoint", f"{nodes.names[0]}:{PORT}",
-                              "--key-file", key, *arguments)
+                              "--key-file", key, *arguments, output=output)
         assert command[0] == LOCKSTEP
         yield nodes, [Node(nodes, rank, [*command, "--node-rank", str(rank)])
                       for rank in range(number)]
@@ -63,6 +63,11 @@ def test_the_bits_of_one_node(folder):
             for node in running:
                 node.end()
         equal(job.check(job.output)["recoveries"], [])
+
+
+def delays(first, last):
+    return [word for step in range(first, last)
+            for word in ("--inject", f"delay rank=0 step={step} seconds=150ms")]
 
 
 def test_a_node_that_is_killed(folder):
@@ -79,10 +84,24 @@ def test_a_node_that_is_killed(folder):
     assert report["recoveries"][0]["seconds"] < 3, report["recoveries"]
 
 
+def test_a_node_that_is_killed_and_returns(folder):
+    job = Job(folder, epochs=20)
+    with training(folder, job, 2, "1:2", "--workers", 1, "--auto-resume",
+                  *delays(30, 90)) as (nodes, running):
+        running[0].wait_for("injected: delay")
+        nodes.kill(1)
+        running[0].wait_for("going on with 1 worker")
+        running.append(Node(nodes, 1, running[1].command))
+        running[0].wait_for("joins at the end of a step: going on with 2 workers")
+        for node, code in zip(running, (0, None, 0)):
+            node.end(code)
+    report = job.check(job.output)
+    assert report["recoveries"][0]["seconds"] < 3, report["recoveries"]
+
+
 def test_a_node_that_is_cut_off_and_returns(folder):
     job = Job(folder, epochs=20)
-    slow = [word for step in range(30, 100)  # or it would be over before the node is back
-            for word in ("--inject", f"delay rank=0 step={step} seconds=150ms")]
+    slow = delays(30, 100)  # or it would be over before the node is back
     with training(folder, job, 2, "1:2", "--workers", 1, *slow) as (nodes, running):
         running[0].wait_for("injected: delay")
         nodes.cut(1)
@@ -121,6 +140,27 @@ def test_a_signal_to_another_node(folder):
             running[1].process.send_signal(number)
             for node, code in zip(running, codes):
                 contains(node.end(code), words)
+
+
+def test_nodes_that_are_all_killed_and_started_again(folder):
+    """As Kubernetes starts pods again: by the command lines of the first time."""
+    job, run = Job(folder, epochs=20), f"{folder}/run"
+    words = ("--workers", 1, "--set", "checkpoint.every_epochs=1", "--auto-resume")
+    with training(folder, job, 2, 2, *words, "--inject", "delay rank=0 step=42 seconds=60s",
+                  output=run) as (nodes, running):
+        running[0].wait_for("injected: delay")
+        for node in range(2):
+            nodes.kill(node)
+        for node in running:
+            node.end(None)
+    with training(folder, job, 2, 2, *words, output=run) as (_, running):
+        running[0].wait_for("going on from step ")
+        for node in running:
+            node.end()
+    assert job.check(run)["resumed_step"] > 0
+    with training(folder, job, 2, 2, *words, output=run) as (_, running):
+        for node in running:
+            contains(node.end(), "is finished: 20 epochs")
 
 
 if __name__ == "__main__":

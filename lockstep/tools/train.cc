@@ -38,7 +38,7 @@ struct TrainFlags {
   ControlFlags control;
   NodeFlags nodes;
   std::optional<NodePlace> place;  // where there are several
-  bool quiet = false, overwrite = false;
+  bool quiet = false, overwrite = false, auto_resume = false;
 };
 
 void add_flags(CLI::App& app, TrainFlags& flags) {
@@ -70,6 +70,8 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--output", flags.output, "folder for what is written; default runs/NAME-N");
   app.add_option("--resume", flags.resume,
                  "go on with the run in this output folder, from its last checkpoint");
+  app.add_flag("--auto-resume", flags.auto_resume,
+               "go on with the run in the --output folder if there is one, else begin it");
   app.add_option("--report", flags.report, "a second copy of report.json");
   app.add_option("--dashboard", flags.dashboard,
                  "serve a live status page on this port of 127.0.0.1; 0: a free one, printed");
@@ -140,7 +142,7 @@ OutputFolder folder_for(const Job& job, const TrainFlags& flags) {
   if (!flags.resume.empty()) return OutputFolder::resume(flags.resume);
   const std::string& path = flags.output.empty() ? job.output : flags.output;
   return path.empty() ? OutputFolder::next_free("runs", job.recipe)
-                      : OutputFolder::at(path, flags.overwrite);
+                      : OutputFolder::at(path, flags.overwrite || flags.auto_resume);
 }
 
 // The status page of a job that goes on.
@@ -198,7 +200,6 @@ WorkerJob worker_job(const Job& job, const TrainFlags& flags) {
     run.agent.nodes->same["job"] = to_toml(job);
     run.agent.nodes->same["--max-restarts"] = std::to_string(flags.agent.max_restarts);
     run.agent.nodes->same["--standby"] = std::to_string(flags.agent.standby);
-    if (!flags.resume.empty()) run.agent.nodes->same["--resume"] = "given";
   }
   run.agent.segment = Segment::create(
       {.seats = seats_for(here, flags.agent.standby, flags.agent.max_restarts > 0)});
@@ -213,7 +214,8 @@ void train_here(const Job& job, const TrainFlags& flags) {
   // Used where rank 0 should come to be here.
   const fs::path folder = !given.empty() ? given : fmt::format("runs/{}-node", job.recipe);
   run.agent.environment["LOCKSTEP_CHECKPOINTS"] = (folder / "checkpoints").string();
-  if (!flags.resume.empty()) run.agent.environment["LOCKSTEP_RESUME"] = "1";
+  // Whether there is something to go on from, node 0 says.
+  if (run.agent.elastic) run.agent.environment["LOCKSTEP_RESUME"] = "1";
   run.agent.kills = inject(flags.inject, workers, run.agent.environment);
   run.agent.on_event = [&](int rank, const nlohmann::json& event) {
     const std::string& kind = event.at("event").get_ref<const std::string&>();
@@ -346,6 +348,15 @@ int train_command(const std::vector<std::string>& arguments, const Start& start)
     return run_on_hosts("train", arguments, flags.nodes.hostfile, flags.nodes.ssh,
                         flags.control.key_file);
   flags.place = node_place(flags.nodes, flags.control, process_environment());
+  if (flags.auto_resume) {
+    if (flags.output.empty() || flags.overwrite)
+      throw ConfigError("--auto-resume goes with --output, and not with --overwrite",
+                        "--output names the folder of the run");
+    if (std::error_code error; fs::exists(fs::path(flags.output) / "job.toml", error)) {
+      flags.resume = std::exchange(flags.output, "");
+      flags.name.clear();
+    }
+  }
   if (!flags.resume.empty()) {
     resume(flags, start);
     return 0;

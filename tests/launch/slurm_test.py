@@ -50,7 +50,7 @@ def test_the_batch_file_saves_and_goes_on(folder):
                               "PATH": f"{BUILD}:{os.environ['PATH']}"}
         job = slurm.run("sbatch", "--parsable", f"{ROOT}/deploy/lockstep.sbatch",
                         "linear-regression", "--set", "train.epochs=200000", "--set",
-                        "dataset.rows=20000", "--quiet", cwd=folder).out.strip()
+                        "dataset.rows=20000", cwd=folder).out.strip()
         run = f"{folder}/runs/slurm-{job}"
         log = f"{folder}/lockstep-{job}.log"
 
