@@ -69,7 +69,7 @@ inline void run_loopback(int size, const Body& body) {
 }
 
 // Processes of this node: this program's forks, since an engine is made after a fork. `killed`: the
-// rank that must end by SIGKILL.
+// rank that must end by SIGKILL or SIGABRT.
 inline void run_processes(Engine engine, const EndpointOptions& options, int size, const Body& body,
                           int killed = -1) {
   struct Shared {
@@ -108,7 +108,9 @@ inline void run_processes(Engine engine, const EndpointOptions& options, int siz
   for (int rank = 0; rank < size; ++rank) {
     int status = -1;
     ::waitpid(pids[rank], &status, 0);
-    EXPECT_TRUE(rank == killed ? WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL : status == 0)
+    EXPECT_TRUE(rank == killed ? WIFSIGNALED(status) &&
+                                     (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGABRT)
+                               : status == 0)
         << "rank " << rank << ": " << status;
   }
   ::munmap(memory, sizeof(Shared));
