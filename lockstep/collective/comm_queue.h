@@ -1,6 +1,7 @@
 // One thread over one group that makes collectives asynchronous, in order: they run while the
 // owner computes. Pays between nodes, where a call mostly waits for the link; on one node the
-// thread only takes a core from those that compute.
+// thread only takes a core from those that compute. It asks the kernel to run it at once whenever
+// it has something to do, in turns too short to hold up who computes on its core.
 //
 // Owner: one thread, which submits and waits; the group outlives the queue. Between submit() and
 // wait() the group, and what the calls touch, belong to the queue's thread.

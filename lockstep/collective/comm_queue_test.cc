@@ -2,6 +2,8 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <future>
@@ -51,6 +53,21 @@ TEST(CommQueueTest, CallsRunInOrderOnOneOtherThread) {
     EXPECT_NE(threads[0], std::this_thread::get_id());
     group.barrier();  // the owner's again
   });
+}
+
+TEST(CommQueueTest, ItsThreadTakesShortTurns) {
+  const auto turn_ns = [] {
+    std::uint64_t attributes[6] = {};  // the kernel's sched_attr
+    EXPECT_EQ(::syscall(SYS_sched_getattr, 0, attributes, sizeof attributes, 0), 0);
+    return attributes[3];
+  };
+  if (turn_ns() == 0) GTEST_SKIP() << "this kernel has no length of turns of a thread's own";
+  const auto group = make_solo_group();
+  CommQueue queue(*group);
+  std::uint64_t of_queue = 0;
+  queue.submit([&](Group&) { of_queue = turn_ns(); });
+  queue.wait();
+  EXPECT_LT(of_queue, turn_ns());
 }
 
 // Each rank's call waits for what its owner does after submitting it. A submit() that waited would
