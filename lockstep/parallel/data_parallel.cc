@@ -311,10 +311,12 @@ Replica::Replica(torch::nn::Module& module, const World& world, const DataParall
 
   std::vector<NamedTensor> trained;
   std::vector<std::size_t> index;  // of each among all parameters
+  std::size_t trained_bytes = 0;
   for (std::size_t i = 0; i < state.parameters.size(); ++i) {
     state.trained.push_back(state.parameters[i].tensor.requires_grad());
     if (!state.trained[i]) continue;
     trained.push_back(state.parameters[i]);
+    trained_bytes += trained.back().tensor.nbytes();
     index.push_back(i);
   }
   state.hooks.emplace(state.parameters,
@@ -323,7 +325,7 @@ Replica::Replica(torch::nn::Module& module, const World& world, const DataParall
                                            [&state] { state.end(); }});
   const bool overlap = options.overlap.value_or(world.local_sizes().size() > 1);
   std::optional<std::size_t> cap_bytes;
-  if (overlap) cap_bytes = kOverlappedBucketBytes;
+  if (overlap) cap_bytes = overlapped_bucket_bytes(trained_bytes);
   if (options.bucket_cap_mb)
     cap_bytes = static_cast<std::size_t>(std::ceil(*options.bucket_cap_mb * (1 << 20)));
   // .grad may outlive the caller's world.

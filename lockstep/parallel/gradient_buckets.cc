@@ -12,6 +12,10 @@
 
 namespace lockstep {
 
+std::size_t overlapped_bucket_bytes(std::size_t total) {
+  return std::clamp<std::size_t>(total / 16, 256 << 10, 4 << 20);
+}
+
 std::vector<std::vector<std::size_t>> plan_buckets(std::span<const BucketItem> items,
                                                    std::optional<std::size_t> cap_bytes) {
   struct Open {

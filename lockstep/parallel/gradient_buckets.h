@@ -22,9 +22,11 @@ struct BucketItem {
   std::size_t bytes = 0;
 };
 inline constexpr std::size_t kFirstBucketBytes = 1 << 20;
-// What is under way when backward ends is at least a bucket, and nothing hides it: small. A link of
-// 1 Gbit/s takes 35 ms for it, of 25 Gbit/s 1.5 ms: many times what it takes to begin one.
-inline constexpr std::size_t kOverlappedBucketBytes = 4 << 20;
+// The cap for gradients of so many bytes that are reduced while backward goes on. Nothing hides how
+// long the first bucket takes to fill, nor the last one's way: a sixteenth, within bounds. A link
+// of 1 Gbit/s takes 2 to 35 ms for them, of 25 Gbit/s 0.1 to 1.5 ms: more than a call takes to
+// begin.
+std::size_t overlapped_bucket_bytes(std::size_t total);
 // Which items make which bucket, in the order in which the buckets are reduced. As PyTorch's DDP:
 // from the last item to the first, about the order in which backward finishes them; one dtype a
 // bucket; a bucket is full once it holds `cap_bytes`, each dtype's first one with 1 MiB. Without a

@@ -24,6 +24,12 @@ TEST(PlanBuckets, LastItemsFirstAndASmallFirstBucket) {
   EXPECT_THAT(plan_buckets(items, 1), testing::SizeIs(7));
 }
 
+TEST(PlanBuckets, UnderOverlapEachIsASmallPartOfTheWhole) {
+  EXPECT_EQ(overlapped_bucket_bytes(0), kMib / 4);
+  EXPECT_EQ(overlapped_bucket_bytes(16 * kMib), kMib);
+  EXPECT_EQ(overlapped_bucket_bytes(1000 * kMib), 4 * kMib);
+}
+
 TEST(PlanBuckets, OneDtypeABucket) {
   const std::vector<BucketItem> items = {{Dtype::float32, kMib},
                                          {Dtype::bfloat16, kMib},
