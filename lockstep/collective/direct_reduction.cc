@@ -7,7 +7,10 @@ namespace lockstep {
 namespace {
 
 constexpr std::size_t kWindow = 4;  // pieces
-constexpr std::size_t kLeastPiece = 64 << 10, kMostPiece = 512 << 10;
+// As much as TCP hands down at once, whole segments of 1448 or 8948 bytes in 64 KB, with UCX's
+// header. Messages a little longer than that end in a packet of a few bytes, and are twice the
+// work; shorter pieces would begin sooner on slow links.
+constexpr std::size_t kMostPiece = 62592, kLeastPiece = 4096;
 constexpr std::size_t kScratch = 32 << 20;  // where there are many contributions, pieces are small
 
 }  // namespace
@@ -29,10 +32,8 @@ DirectReduction::DirectReduction(RemoteMeeting& meeting, Reducer& reducer,
     if (step.kind == CombineStep::Kind::push)
       step = {.rank = static_cast<int>(begins_[step.rank]) + step.slot};
   const std::size_t all = begins_.back();
-  std::size_t longest = 0;
-  for (const Slice chunk : plan_.chunks) longest = std::max(longest, bytes_of(chunk));
-  const std::size_t most = std::clamp(kScratch / kWindow / (all + 1), kLeastPiece, kMostPiece);
-  piece_ = std::clamp(longest / 8 / 64 * 64, kLeastPiece, most) / element_;
+  const std::size_t most = kScratch / kWindow / (all + 1) / kLeastPiece * kLeastPiece;
+  piece_ = std::clamp(most, kLeastPiece, kMostPiece) / element_;
   for (std::size_t other = 0; other < peers_.size(); ++other) {
     Peer& peer = peers_[other];
     peer.pieces = (plan_.chunks[other].size() + piece_ - 1) / piece_;

@@ -8,6 +8,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/collective/endable.h"
+#include "lockstep/collective/group_wrapper.h"
 
 namespace lockstep {
 namespace {
@@ -394,6 +395,9 @@ Group& HierarchicalGroup::everyone() const {
 
 std::unique_ptr<Group> make_hierarchical_group(const NodeGroups& groups,
                                                const GroupOptions& options) {
+  // Ranks alone on their nodes have nothing to do but what carriers do.
+  if (std::ranges::all_of(groups.local_sizes, [](int size) { return size == 1; }))
+    return std::make_unique<GroupWrapper>(groups.carriers);
   return std::make_unique<HierarchicalGroup>(groups, options);
 }
 

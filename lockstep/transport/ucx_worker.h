@@ -37,13 +37,17 @@ inline std::vector<std::string> rdma_ports_of(const Interface& interface) {
   return ports;
 }
 
-// Where there is TCP alone: every message goes out from one buffer of UCX's, in large pieces, and
-// is copied once where it arrives. That is faster than what UCX does by itself (two sides that
-// negotiate, then send in place), and a peer that dies has nothing of ours in use: there UCX (1.13)
-// ends operations twice.
+// Where there is TCP alone: messages of a packet (see kTcpPacket) go out from where they lie, and
+// what the socket does not take, like longer ones, from a buffer of UCX's; everything is copied
+// once where it arrives. That is faster than what UCX does by itself (two sides that negotiate,
+// then send in place), and a peer that dies has nothing of ours in use: there UCX (1.13) ends
+// operations twice.
+// A packet: whole segments of 1448 or 8948 bytes in 64 KB, as TCP hands them down at once. Messages
+// a little longer are twice the work, for one of a few bytes goes out with each.
+inline constexpr const char* kTcpPacket = "62632";
 inline constexpr std::pair<const char*, const char*> kTcpSettings[] = {
-    {"ZCOPY_THRESH", "inf"},     {"RNDV_THRESH", "inf"},  {"TCP_TX_SEG_SIZE", "256k"},
-    {"TX_SEG_SIZE", "256k"},  // UCX 1.13 has them without the prefix
+    {"ZCOPY_THRESH", "inf"},     {"RNDV_THRESH", "inf"},  {"TCP_TX_SEG_SIZE", kTcpPacket},
+    {"TX_SEG_SIZE", kTcpPacket},  // UCX 1.13 has them without the prefix
     {"TCP_RX_SEG_SIZE", "256k"}, {"RX_SEG_SIZE", "256k"}, {"TCP_PUT_ENABLE", "n"},
     {"PUT_ENABLE", "n"},         {"TCP_CONN_NB", "y"},    {"CONN_NB", "y"}};
 
