@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "lockstep/collective/kernels.h"
+
 namespace lockstep {
 namespace {
 
@@ -40,8 +42,11 @@ DirectReduction::DirectReduction(RemoteMeeting& meeting, Reducer& reducer,
     peer.out.each = contributions[rank_];
     peer.in.each = contributions[other];
   }
-  const std::size_t used = std::min<std::size_t>(peers_[rank_].pieces, kWindow);
-  scratch_.resize(std::max(scratch_.size(), used * (all + 1) * piece_ * element_));
+  // Peers of a carrier need places, too.
+  const std::size_t used = plan_.contribute
+                               ? kWindow * (all + 1 + peers_.size() * (contributions[rank_] + 1))
+                               : std::min(peers_[rank_].pieces, kWindow) * (all + 1);
+  scratch_.resize(std::max(scratch_.size(), used * piece_ * element_));
   slots_.resize(all);
 }
 
@@ -51,10 +56,16 @@ Slice DirectReduction::piece(int owner, std::size_t number) const {
   return {first, std::min(first + piece_, chunk.last)};
 }
 
-std::span<std::byte> DirectReduction::place(std::size_t number, std::size_t contribution,
-                                            std::size_t bytes) {
+std::byte* DirectReduction::place(std::size_t number, std::size_t contribution) {
   const std::size_t index = number % kWindow * (slots_.size() + 1) + contribution;
-  return std::span(scratch_).subspan(index * piece_ * element_, bytes);
+  return scratch_.data() + index * piece_ * element_;
+}
+
+std::byte* DirectReduction::place_with(int rank, std::size_t number, std::size_t contribution) {
+  const std::size_t each = plan_.tree.contributions[rank_] + 1;
+  const std::size_t index =
+      kWindow * (slots_.size() + 1) + (rank * kWindow + number % kWindow) * each + contribution;
+  return scratch_.data() + index * piece_ * element_;
 }
 
 bool DirectReduction::drain(Flow& flow) {
@@ -74,31 +85,50 @@ bool DirectReduction::advance_with(int rank) {
       for (std::size_t slot = begins_[rank]; slot < begins_[rank + 1]; ++slot)
         peer.in.open.push_back(
             meeting_.receive(rank, RemoteMeeting::kData,
-                             place(peer.in.begun, slot, bytes_of(piece(rank_, peer.in.begun)))));
+                             {place(peer.in.begun, slot), bytes_of(piece(rank_, peer.in.begun))}));
   moved |= drain(peer.in);
   // Who sends as much as it has had does not flood anybody.
   const bool has_all = peer.in.each == 0 || peer.in.ended == own_pieces;
+  const std::size_t most = has_all ? peer.pieces : std::min(peer.pieces, peer.in.ended + kWindow);
   if (peer.out.each != 0)
-    for (; peer.out.begun < peer.pieces && (has_all || peer.out.begun < peer.in.ended + kWindow);
-         ++peer.out.begun, moved = true) {
-      const Slice part = piece(rank, peer.out.begun);
-      for (std::size_t slot = 0; slot < peer.out.each; ++slot)
-        peer.out.open.push_back(meeting_.send(
-            rank, RemoteMeeting::kData,
-            plan_.slots.subspan(slot * plan_.slot_bytes + part.first * element_, bytes_of(part))));
-    }
+    for (;
+         peer.out.begun < most && (!plan_.contribute || peer.out.begun < peer.out.ended + kWindow);
+         ++peer.out.begun, moved = true)
+      begin_out(rank);
   moved |= drain(peer.out);
   // A sum may take the place of the contribution, once that has left.
-  if (plan_.sums != nullptr)
-    for (; peer.sums_in.begun < (peer.out.each == 0 ? peer.pieces : peer.out.ended);
-         ++peer.sums_in.begun, moved = true) {
-      const Slice part = piece(rank, peer.sums_in.begun);
+  const std::size_t left = peer.out.each == 0 ? peer.pieces : peer.out.ended;
+  const auto place_of_sum = [&](std::size_t number) {
+    return plan_.sums != nullptr ? plan_.sums + piece(rank, number).first * element_
+                                 : place_with(rank, number, peer.out.each);
+  };
+  if (gets_sums())
+    for (; peer.sums_in.begun < std::min(left, peer.delivered + kWindow);
+         ++peer.sums_in.begun, moved = true)
       peer.sums_in.open.push_back(meeting_.receive(
-          rank, RemoteMeeting::kSums, {plan_.sums + part.first * element_, bytes_of(part)}));
-    }
+          rank, RemoteMeeting::kSums,
+          {place_of_sum(peer.sums_in.begun), bytes_of(piece(rank, peer.sums_in.begun))}));
   moved |= drain(peer.sums_in);
+  for (; peer.delivered < peer.sums_in.ended; ++peer.delivered)
+    if (plan_.deliver) plan_.deliver(piece(rank, peer.delivered), place_of_sum(peer.delivered));
   moved |= drain(peer.sums_out);
   return moved;
+}
+
+void DirectReduction::begin_out(int rank) {
+  Flow& out = peers_[rank].out;
+  const Slice part = piece(rank, out.begun);
+  const std::byte* from = plan_.slots.data() + part.first * element_;
+  std::size_t stride = plan_.slot_bytes;
+  if (plan_.contribute) {
+    std::byte* const to = place_with(rank, out.begun, 0);
+    stride = piece_ * element_;
+    plan_.contribute(part, to, stride);
+    from = to;
+  }
+  for (std::size_t slot = 0; slot < out.each; ++slot)
+    out.open.push_back(
+        meeting_.send(rank, RemoteMeeting::kData, {from + slot * stride, bytes_of(part)}));
 }
 
 bool DirectReduction::reduce_next() {
@@ -111,21 +141,22 @@ bool DirectReduction::reduce_next() {
     if (plan_.own_sum == nullptr && peer.sums_out.open.size() >= kWindow) return false;
   }
   const Slice part = piece(rank_, reduced_);
+  if (plan_.contribute) plan_.contribute(part, place(reduced_, begins_[rank_]), piece_ * element_);
   for (int rank = 0; rank < size; ++rank)
     for (std::size_t slot = begins_[rank]; slot < begins_[rank + 1]; ++slot)
-      slots_[slot] = rank == rank_
+      slots_[slot] = rank == rank_ && !plan_.contribute
                          ? plan_.slots.data() + (slot - begins_[rank]) * plan_.slot_bytes +
                                part.first * element_
-                         : place(reduced_, slot, 0).data();
-  std::byte* const sum = plan_.own_sum == nullptr
-                             ? place(reduced_, slots_.size(), bytes_of(part)).data()
-                             : plan_.own_sum + reduced_ * piece_ * element_;
+                         : place(reduced_, slot);
+  std::byte* const sum = plan_.own_sum == nullptr ? place(reduced_, slots_.size())
+                                                  : plan_.own_sum + reduced_ * piece_ * element_;
   const ReduceJob job{.plan = combine_,
                       .dtype = plan_.dtype,
                       .reduction = plan_.reduction,
                       .round_once = plan_.round_once,
                       .slot_bytes = 0};
   reducer_.run(job, slots_, std::span(&sum, 1), 0, part.size());
+  if (plan_.divisor != 1) kernels().divide(sum, plan_.dtype, plan_.divisor, part.size());
   ++reduced_;
   for (int i = 1; i < size; ++i) {
     const int to = (rank_ + i) % size;
@@ -133,6 +164,7 @@ bool DirectReduction::reduce_next() {
       peers_[to].sums_out.open.push_back(
           meeting_.send(to, RemoteMeeting::kSums, {sum, bytes_of(part)}));
   }
+  if (plan_.deliver) plan_.deliver(part, sum);
   return true;
 }
 
@@ -145,10 +177,10 @@ bool DirectReduction::advance() {
 
 bool DirectReduction::waits_for(int rank) const {
   const Peer& peer = peers_[rank];
-  return rank != rank_ && ((peer.in.each != 0 && peer.in.ended < peers_[rank_].pieces) ||
-                           (peer.out.each != 0 && peer.out.ended < peer.pieces) ||
-                           (plan_.sums != nullptr && peer.sums_in.ended < peer.pieces) ||
-                           !peer.sums_out.open.empty());
+  return rank != rank_ &&
+         ((peer.in.each != 0 && peer.in.ended < peers_[rank_].pieces) ||
+          (peer.out.each != 0 && peer.out.ended < peer.pieces) ||
+          (gets_sums() && peer.delivered < peer.pieces) || !peer.sums_out.open.empty());
 }
 
 bool DirectReduction::is_done() const {

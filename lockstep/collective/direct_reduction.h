@@ -8,6 +8,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <vector>
 
 #include "lockstep/collective/reduce.h"
@@ -26,8 +27,14 @@ struct DirectPlan {
   std::size_t slot_bytes = 0;             // from one to the next
   std::vector<Slice> chunks = {};         // by owner
   std::byte* own_sum = nullptr;  // where that of this rank's chunk goes; nullptr: it only travels
-  std::byte* sums = nullptr;     // where the others' go, by their place in a slot; nullptr: nowhere
+  std::byte* sums = nullptr;     // where those that come go, by their place in a slot
   int to = kEverybody;           // who gets the sums, beside their owners
+  int divisor = 1;               // of the sums
+  // Of who carries data of several. Writes this rank's contributions to these elements, `stride`
+  // bytes from one to the next: in place of `slots`.
+  std::function<void(Slice, std::byte* to, std::size_t stride)> contribute = {};
+  // Takes each sum that this rank has; `sums` may be nullptr then.
+  std::function<void(Slice, const std::byte* sum)> deliver = {};
 };
 
 class DirectReduction {
@@ -53,11 +60,17 @@ class DirectReduction {
     std::size_t pieces = 0;  // of its chunk
     Flow out, in;            // contributions to its chunk, to this rank's
     Flow sums_out, sums_in;
+    std::size_t delivered = 0;  // pieces of sums
   };
 
   Slice piece(int owner, std::size_t number) const;
   std::size_t bytes_of(Slice slice) const { return slice.size() * element_; }
-  std::span<std::byte> place(std::size_t number, std::size_t contribution, std::size_t bytes);
+  // Where contributions to this rank's chunk lie, and behind them the sum.
+  std::byte* place(std::size_t number, std::size_t contribution);
+  // The same of what is contributed to another rank's, and the sum that comes from there.
+  std::byte* place_with(int rank, std::size_t number, std::size_t contribution);
+  bool gets_sums() const { return plan_.to == DirectPlan::kEverybody || plan_.to == rank_; }
+  void begin_out(int rank);
   bool drain(Flow& flow);
   bool advance_with(int rank);
   bool reduce_next();

@@ -29,9 +29,11 @@ HierarchicalGroup::HierarchicalGroup(const NodeGroups& groups, const GroupOption
       local_size_(groups.local->size()),
       nodes_(static_cast<int>(groups.local_sizes.size())),
       carriers_(*std::ranges::min_element(groups.local_sizes)),
-      firsts_(groups.local_sizes.size() + 1) {
+      firsts_(groups.local_sizes.size() + 1),
+      reachable_(dynamic_cast<Reachable*>(groups.local.get())),
+      across_(dynamic_cast<RemoteGroup*>(groups.carriers.get())) {
   LOCKSTEP_CHECK(groups.local_sizes[node_] == local_size_ && carriers_ >= 1 &&
-                 (groups.carriers != nullptr) == carries());
+                 (across_ != nullptr) == carries() && (reachable_ != nullptr || local_size_ == 1));
   LOCKSTEP_CHECK(!carries() ||
                  (groups.carriers->rank() == node_ && groups.carriers->size() == nodes_));
   std::partial_sum(groups.local_sizes.begin(), groups.local_sizes.end(), firsts_.begin() + 1);

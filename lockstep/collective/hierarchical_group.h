@@ -3,9 +3,11 @@
 //
 // Every call begins with a meeting: the ranks of a node give their calls to its leader, local rank
 // 0, the leaders exchange and compare them and tell the ranks of their nodes. Little data travels
-// with the calls, and every leader reduces it for his node. Of much data each carrier has a part:
-// the ranks of a node combine theirs to the node's maximal subtrees, part by part, carriers of one
-// number reduce these, and all ranks of the node take what the carriers have.
+// with the calls, and every leader reduces it for his node. Of much data each carrier has a slice.
+// In pieces, so that adding and sending overlap, it reads the slice from all ranks of its node,
+// combines it to the node's maximal subtrees, reduces these with the other nodes' carriers of its
+// number (direct_reduction.h), and writes the sums to all ranks of its node. Memory that the ranks
+// of a node can't reach passes through staging buffers.
 //
 // Files: hierarchical_group.cc (meeting, what only copies), hierarchical_reduce.cc.
 #pragma once
@@ -19,7 +21,9 @@
 
 #include "lockstep/collective/call.h"
 #include "lockstep/collective/group.h"
+#include "lockstep/collective/reachable.h"
 #include "lockstep/collective/reduce.h"
+#include "lockstep/collective/remote_group.h"
 
 namespace lockstep {
 
@@ -27,9 +31,7 @@ namespace lockstep {
 struct NodeTree {
   Tree all;                           // ranks' contributions
   Tree nodes;                         // the nodes' maximal subtrees: their contributions
-  bool plain = false;                 // nodes contribute as if each was one rank
   std::vector<CombinePlan> subtrees;  // each of this node's: of its local ranks' slots
-  bool plain_inside = false;          // this node's is one, of ranks with one contribution each
   std::vector<std::size_t> locals;    // contributions of this node's ranks
 
   NodeTree(TreeLayout layout, const std::vector<int>& firsts, int node);
@@ -89,8 +91,9 @@ class HierarchicalGroup final : public Group {
     std::span<std::byte> answer = {};
     std::function<void(const Payloads&)> make_answer = {};
   };
-  // Contributions of this rank and where the reduced ones go. count: elements.
+  // Contributions of this rank and what it has of the sums.
   struct Reducing {
+    static constexpr int kAll = -1, kParts = -2;
     const NodeTree& tree;
     Dtype dtype;  // of slots and result
     Reduction reduction;
@@ -98,6 +101,16 @@ class HierarchicalGroup final : public Group {
     std::span<const std::byte> slots;
     std::size_t slot_bytes;
     std::span<std::byte> result;
+    int root = kAll;  // who gets the sums; all; kParts: each a part of one size
+  };
+  // What is reduced at a time, as the ranks of this node have it: their contributions, which of the
+  // sums each gets, and where.
+  struct Reached {
+    std::size_t count = 0;  // elements of a contribution
+    std::vector<const std::byte*> slots = {};
+    std::size_t slot_bytes = 0;
+    std::vector<Slice> windows = {};
+    std::vector<std::byte*> results = {};
   };
 
   // One operation: the meeting, then body(). Whatever fails in it ends the group and those below.
@@ -118,17 +131,19 @@ class HierarchicalGroup final : public Group {
                   std::span<const std::uint64_t> counts, Dtype dtype);
   void reduce_all(const Call& call, const CallOptions& options, const Reducing& what,
                   std::uint64_t bytes);
-  // Of every carrier's `slice` elements, from `first` on.
-  void reduce_chunk(const Reducing& what, std::size_t first, std::size_t slice);
-  // This rank's contributions to the chunk, a carrier's after the other's: in place where they lie
-  // so.
-  std::span<const std::byte> contributions_to(const Reducing& what, std::size_t first,
-                                              std::size_t slice);
-  // A carrier's slice: the node's subtrees, one after another; then the sum of all nodes'.
-  std::span<std::byte> combine_locally(const Reducing& what, Dtype computed,
-                                       std::span<const std::byte> chunk, std::size_t slice);
-  void combine_nodes(const Reducing& what, Dtype computed, std::span<std::byte> subtrees,
-                     std::size_t slice);
+  // Where all ranks' memory is reachable on their nodes; where it is not.
+  void reduce_in_place(const Reducing& what);
+  void reduce_staged(const Reducing& what);
+  void reduce_reached(const Reducing& what, const Reached& reached);
+  // DirectPlan's.
+  void contribute(const Reducing& what, const Reached& reached, Slice piece, std::byte* to,
+                  std::size_t stride);
+  void deliver(const Reducing& what, const Reached& reached, Slice piece, const std::byte* sum);
+  static Dtype computed_as(const Reducing& what);
+  // Which of so many sums each rank of this node gets.
+  std::vector<Slice> windows_of(const Reducing& what, std::size_t count) const;
+  // The memory of this node's ranks.
+  std::vector<std::span<std::byte>> reach(std::span<const std::byte> mine, Dtype dtype);
   // The beginning of a scratch buffer that grows with its use.
   static std::span<std::byte> room(std::vector<std::byte>& memory, std::size_t bytes) {
     if (memory.size() < bytes) memory.resize(bytes);
@@ -147,7 +162,10 @@ class HierarchicalGroup final : public Group {
   std::unique_ptr<NodeTree> own_tree_;  // all_reduce: one virtual rank a rank
   std::unique_ptr<NodeTree> tree_;      // tree_all_reduce: the last layout's
   Reducer reducer_;
-  std::vector<std::byte> frames_, wide_, packed_, gathered_, parts_;
+  Reachable* const reachable_;  // local; null: of one rank
+  RemoteGroup* const across_;   // carriers
+  std::span<std::byte> staging_;
+  std::vector<std::byte> frames_, wide_, packed_;
   Call call_;
   std::string inner_tag_;
   std::optional<Clock::duration> timeout_;

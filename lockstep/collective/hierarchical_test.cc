@@ -1,5 +1,6 @@
 // What only groups of several ranks on several nodes have: much data on nodes of any sizes, errors
 // that end the groups below. What every group does, conformance_test.cc holds them to.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -29,10 +30,26 @@ void for_shapes(const Body& body) {
 TEST(HierarchicalTest, MuchDataHasTheCanonicalSumsOnAllNodes) {
   for_shapes([](Group& group) {
     const auto check = [&]<typename T>(T, Dtype dtype, Reduction reduction) {
-      auto data = naive::inputs<T>(group.rank(), kCount);
-      group.all_reduce(data, dtype, reduction);
-      EXPECT_TRUE(data == naive::reduced<T>(group.size(), kCount, reduction))
-          << name_of(dtype) << " " << name_of(reduction) << ", rank " << group.rank();
+      const int rank = group.rank(), root = group.size() - 1;
+      const std::size_t part = kCount / group.size(), bytes = part * sizeof(T);
+      const auto input = naive::inputs<T>(rank, kCount);
+      const auto expected = naive::reduced<T>(group.size(), kCount, reduction);
+      for (const Memory memory : {Memory::arena, Memory::ordinary}) {
+        SCOPED_TRACE(fmt::format("{} {}, rank {}, {}", name_of(dtype), name_of(reduction), rank,
+                                 memory == Memory::arena ? "arena" : "ordinary"));
+        Buffer data(group, memory, input.size()), own(group, memory, bytes);
+        data.set(input);
+        group.reduce(data.bytes(), dtype, reduction, root);
+        EXPECT_TRUE(data.get() == (rank == root ? expected : input));
+        data.set(input);
+        group.reduce_scatter(data.bytes().first(bytes * group.size()), own.bytes(), dtype,
+                             reduction);
+        EXPECT_TRUE(
+            std::ranges::equal(own.bytes(), std::span(expected).subspan(rank * bytes, bytes)));
+        EXPECT_TRUE(data.get() == input);
+        group.all_reduce(data.bytes(), dtype, reduction);
+        EXPECT_TRUE(data.get() == expected);
+      }
     };
     check(float{}, Dtype::float32, Reduction::sum);
     check(float{}, Dtype::float32, Reduction::product);

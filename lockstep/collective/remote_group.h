@@ -81,6 +81,9 @@ class RemoteGroup final : public Group, public Endable {
   // all_reduce by a plan that all ranks name; 16-bit types only to_all and directly.
   void all_reduce_by(AllReducePlan by, std::span<std::byte> data, Dtype dtype, Reduction reduction,
                      const CallOptions& options);
+  // A reduction of `bytes` of which all ranks have a plan.
+  void reduce_directly(const Call& call, const CallOptions& options, DirectPlan plan,
+                       std::uint64_t bytes);
 
  private:
   // One operation. Whatever fails in it ends the group.
@@ -109,8 +112,6 @@ class RemoteGroup final : public Group, public Endable {
   void reduce_whole(const Call& call, const CallOptions& options, const DirectPlan& plan,
                     std::span<std::byte> result, std::uint64_t bytes, OutOf&& out_of,
                     InBytes&& in_bytes);
-  void reduce_directly(const Call& call, const CallOptions& options, DirectPlan plan,
-                       std::uint64_t bytes);
   static DirectPlan plan_of(const Tree& tree, Dtype dtype, Reduction reduction,
                             std::span<const std::byte> slots, std::size_t slot_bytes) {
     return {.tree = tree,

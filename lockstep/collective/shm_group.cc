@@ -50,6 +50,20 @@ void ShmGroup::barrier(const CallOptions& options) {
   run({.operation = Operation::barrier}, options, 0, [](const auto&) {});
 }
 
+std::vector<std::span<std::byte>> ShmGroup::reach(std::span<const std::byte> mine, Dtype dtype,
+                                                  const CallOptions& options) {
+  std::vector<std::span<std::byte>> all;
+  const Call call{
+      .operation = Operation::barrier, .place = place_of(mine, size_of(dtype)), .own = mine.size()};
+  run(call, options, 0, [&](const auto& calls) {
+    const auto bytes_of = [&](int rank) { return calls[rank][kOwnWord]; };
+    if (!locate(calls, kPlaceWord, size_of(dtype), bytes_of, results_))
+      throw Error("a rank announced memory outside its arena");
+    for (int rank = 0; rank < size_; ++rank) all.emplace_back(results_[rank], bytes_of(rank));
+  });
+  return all;
+}
+
 std::byte* ShmGroup::at(int rank, std::uint64_t place, std::uint64_t bytes,
                         std::size_t alignment) const {
   if (place % alignment != 0)

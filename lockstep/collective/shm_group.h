@@ -23,6 +23,7 @@
 #include "lockstep/collective/endable.h"
 #include "lockstep/collective/group.h"
 #include "lockstep/collective/plans.h"
+#include "lockstep/collective/reachable.h"
 #include "lockstep/collective/reduce.h"
 #include "lockstep/collective/rendezvous.h"
 #include "lockstep/memory/control_block.h"
@@ -88,7 +89,7 @@ class ArenaMemory {
   std::vector<std::span<std::byte>> memory_;
 };
 
-class ShmGroup final : public Group, public Endable {
+class ShmGroup final : public Group, public Endable, public Reachable {
  public:
   // members.blocks and members.node_ranks name the ranks; `rank` is this one's place among them.
   // `ranges`: the group's that this one is split from. `join`: of the call that waits for the
@@ -141,6 +142,11 @@ class ShmGroup final : public Group, public Endable {
   void recv(std::span<std::byte> data, Dtype dtype, int source,
             const CallOptions& options) override;
   std::unique_ptr<Group> split(int color, int key, const CallOptions& options) override;
+  bool is_reachable(std::span<const std::byte> mine, Dtype dtype) const override {
+    return mine.empty() || place_of(mine, size_of(dtype)) != kNowhere;
+  }
+  std::vector<std::span<std::byte>> reach(std::span<const std::byte> mine, Dtype dtype,
+                                          const CallOptions& options) override;
 
  private:
   using Inputs = std::vector<const std::byte*>;  // by rank
