@@ -32,9 +32,9 @@ struct DataParallelOptions {
   // ranks; under join the first rank's that has not run out.
   bool broadcast_buffers = true;
   // Gradients are reduced in buckets of about this size while backward runs, last layer first (the
-  // first bucket: at most 1 MiB), in the same order on every rank. Unset: with overlap a sixteenth
-  // of the gradients, from 0.25 to 4 MiB, otherwise all at once, when the last one is there.
-  // Between ranks of one node that is faster: the cores that would add are those that still
+  // first bucket: a quarter, at most 1 MiB), in the same order on every rank. Unset: with overlap a
+  // sixteenth of the gradients, from 0.25 to 4 MiB, otherwise all at once, when the last one is
+  // there. Between ranks of one node that is faster: the cores that would add are those that still
   // compute, so an early bucket hides nothing, and each bucket is a meeting at which all wait for
   // the slowest, whereas over a whole backward the ranks' leads and lags cancel out.
   std::optional<double> bucket_cap_mb = {};

@@ -30,7 +30,7 @@ std::vector<std::vector<std::size_t>> plan_buckets(std::span<const BucketItem> i
     bucket.items.push_back(i);
     bucket.bytes += items[i].bytes;
     if (!cap_bytes ||
-        bucket.bytes < (bucket.first ? std::min(kFirstBucketBytes, *cap_bytes) : *cap_bytes))
+        bucket.bytes < (bucket.first ? std::min(kFirstBucketBytes, *cap_bytes / 4) : *cap_bytes))
       continue;
     buckets.push_back(std::exchange(bucket, {.first = false}).items);
   }

@@ -29,8 +29,8 @@ inline constexpr std::size_t kFirstBucketBytes = 1 << 20;
 std::size_t overlapped_bucket_bytes(std::size_t total);
 // Which items make which bucket, in the order in which the buckets are reduced. As PyTorch's DDP:
 // from the last item to the first, about the order in which backward finishes them; one dtype a
-// bucket; a bucket is full once it holds `cap_bytes`, each dtype's first one with 1 MiB. Without a
-// cap, one bucket a dtype. Pure.
+// bucket; a bucket is full once it holds `cap_bytes`, each dtype's first one with a quarter of it,
+// at most 1 MiB. Without a cap, one bucket a dtype. Pure.
 std::vector<std::vector<std::size_t>> plan_buckets(std::span<const BucketItem> items,
                                                    std::optional<std::size_t> cap_bytes);
 

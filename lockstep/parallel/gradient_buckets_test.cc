@@ -19,8 +19,10 @@ TEST(PlanBuckets, OneADtypeWithoutACap) {
 
 TEST(PlanBuckets, LastItemsFirstAndASmallFirstBucket) {
   const std::vector<BucketItem> items(7, {Dtype::float32, kMib / 2});
-  EXPECT_THAT(plan_buckets(items, 3 * kMib / 2),
-              ElementsAre(ElementsAre(6, 5), ElementsAre(4, 3, 2), ElementsAre(1, 0)));
+  EXPECT_THAT(plan_buckets(items, 5 * kMib / 2),
+              ElementsAre(ElementsAre(6, 5), ElementsAre(4, 3, 2, 1, 0)));
+  EXPECT_THAT(plan_buckets(items, kMib),
+              ElementsAre(ElementsAre(6), ElementsAre(5, 4), ElementsAre(3, 2), ElementsAre(1, 0)));
   EXPECT_THAT(plan_buckets(items, 1), testing::SizeIs(7));
 }
 
