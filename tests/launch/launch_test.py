@@ -119,7 +119,7 @@ def test_a_mismatch_quotes_both_calls(folder):
              "the ranks' calls differ: rank 0 called all_reduce(float32 × 4, sum, tag 'ranks'), "
              "rank 1 called all_reduce(float32 × 8, sum, tag 'ranks')")
     states = [rank["operations"][-1]["state"] for rank in flight_record(folder, 2)]
-    assert set(states) in ({"failed"}, {"failed", "open"}), states  # open: the first ended the other
+    assert set(states) in ({"failed"}, {"failed", "open"}), states  # open: the other ended it
 
 
 def test_a_rank_that_never_comes_is_named(folder):
