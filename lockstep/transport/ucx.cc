@@ -2,7 +2,6 @@
 // an end of connections) of its own, so that nothing of an older one can reach it and its end is
 // complete; Links carry the workers' addresses and tell of a peer's end, which UCX sees late.
 #include <fmt/format.h>
-#include <poll.h>
 #include <signal.h>
 #include <ucp/api/ucp.h>
 #include <ucs/debug/debug.h>
@@ -14,7 +13,7 @@
 
 #include "lockstep/transport/engines.h"
 #include "lockstep/transport/interface.h"
-#include "lockstep/transport/links.h"
+#include "lockstep/transport/linked_transport.h"
 #include "lockstep/transport/tickets.h"
 #include "lockstep/transport/ucx_worker.h"
 
@@ -25,8 +24,6 @@ using ucx::check;
 using ucx::Context;
 using ucx::Worker;
 
-constexpr auto kLooks = std::chrono::milliseconds(5);  // at the links, of who never waits
-constexpr auto kLinger = std::chrono::milliseconds(500);
 constexpr auto kCloseTime = std::chrono::seconds(5);
 constexpr int kMostProgress = 64;
 constexpr std::uint64_t kHello = std::uint64_t{1} << 48;  // a tag that no channel has
@@ -49,11 +46,11 @@ struct Operation {
   std::size_t received = 0;
 };
 
-class UcxTransport final : public Transport {
+class UcxTransport final : public LinkedTransport {
  public:
   UcxTransport(Context& context, LinkListener& listener, const std::vector<LinkAddress>& addresses,
                int rank, std::uint64_t generation)
-      : rank_(rank), addresses_(addresses), peers_(addresses.size()) {
+      : LinkedTransport(addresses, rank), peers_(addresses.size()) {
     worker_.emplace(context);
     links_.emplace(listener, "ucx", addresses, rank, generation, worker_->address());
     for (int peer = 0; peer < size(); ++peer) peers_[peer].self = {this, peer};
@@ -64,13 +61,6 @@ class UcxTransport final : public Transport {
   }
 
   std::string_view name() const override { return "ucx"; }
-  int rank() const override { return rank_; }
-  int size() const override { return static_cast<int>(peers_.size()); }
-  std::string describe(int peer) const override {
-    const LinkAddress& address = addresses_.at(peer);
-    return fmt::format("rank {} ({})", peer, host_and_port(address.host, address.port));
-  }
-
   Ticket send(int to, std::uint16_t channel, std::span<const std::byte> bytes) override;
   Ticket receive(int from, std::uint16_t channel, std::span<std::byte> bytes) override;
   bool done(Ticket ticket) override;
@@ -82,46 +72,27 @@ class UcxTransport final : public Transport {
     ucp_ep_h connection = nullptr;
     // The first messages each way: once they are over, UCX has agreed on the connection.
     ucs_status_ptr_t hello_sent = nullptr, hello_received = nullptr;
-    bool greeted = false, agreed = false;
-    std::vector<Ticket> deferred;          // sends until then
-    std::uint64_t sent = 0, received = 0;  // messages
-    std::string error;                     // why it is over with him
-    std::pair<UcxTransport*, int> self;    // for UCX's callback
+    bool agreed = false;
+    std::vector<Ticket> deferred;        // sends until then
+    std::pair<UcxTransport*, int> self;  // for UCX's callback
   };
 
-  void check_open() const {
-    if (aborted_) throw TransportError(-1, "ucx: the transport was aborted");
-  }
-  void check_open(int peer) const {
-    check_open();
-    LOCKSTEP_CHECK(peer >= 0 && peer < size() && peer != rank_, "not another rank");
-  }
   std::uint64_t tag_of(int sender, std::uint16_t channel) const {
     return std::uint64_t{channel} << 32 | static_cast<std::uint32_t>(sender);
   }
   void start(Operation& send);
   void look(Operation& operation);
-  void progress();
-  void progress_links();
-  void greet(int peer);
+  void greeted(int peer, const std::string& text) override;
+  void progress() override;
+  bool is_busy(int peer) override;
   void connect(int peer);
   void agree(int peer);
-  void leave() noexcept;
-  bool alive(int peer) const { return peer != rank_ && peers_[peer].error.empty(); }
-  std::string name_of(int peer, std::string_view why) const {
-    return fmt::format("ucx: {}: {}", describe(peer), why);
-  }
 
-  std::optional<Worker> worker_;  // neither after abort()
-  std::optional<Links> links_;
-  const int rank_;
-  const std::vector<LinkAddress> addresses_;
+  std::optional<Worker> worker_;  // none after abort()
   std::vector<Peer> peers_;
   Tickets<Operation> tickets_;
-  Clock::time_point looked_{};
   bool moved_ = false;  // something has, since wait() last looked
   int agreed_ = 0;      // peers
-  bool aborted_ = false;
 };
 
 void UcxTransport::start(Operation& send) {
@@ -139,11 +110,14 @@ Transport::Ticket UcxTransport::send(int to, std::uint16_t channel,
                                      std::span<const std::byte> bytes) {
   check_open(to);
   Peer& peer = peers_[to];
-  Operation operation{
-      .peer = to, .tag = tag_of(rank_, channel), .is_send = true, .deferred = true, .bytes = bytes};
-  if (peer.agreed && peer.error.empty()) start(operation);
+  Operation operation{.peer = to,
+                      .tag = tag_of(rank(), channel),
+                      .is_send = true,
+                      .deferred = true,
+                      .bytes = bytes};
+  if (peer.agreed && alive(to)) start(operation);
   const bool deferred = operation.deferred;
-  ++peer.sent;
+  ++partners_[to].sent;
   const Ticket ticket = tickets_.add(std::move(operation));
   if (deferred) peer.deferred.push_back(ticket);
   return ticket;
@@ -172,7 +146,7 @@ void UcxTransport::look(Operation& operation) {
   if (operation.status == UCS_INPROGRESS) return;
   operation.received = info.length;
   ucp_request_free(std::exchange(operation.request, nullptr));
-  if (!operation.is_send) ++peers_[operation.peer].received;
+  if (!operation.is_send) ++partners_[operation.peer].received;
 }
 
 bool UcxTransport::done(Ticket ticket) {
@@ -180,21 +154,19 @@ bool UcxTransport::done(Ticket ticket) {
   Operation& operation = tickets_.at(ticket);
   progress();
   look(operation);
-  const Peer& peer = peers_[operation.peer];
-  const auto fail = [&](const std::string& why) {
-    throw TransportError(operation.peer, name_of(operation.peer, why));
-  };
+  const std::string& error = partners_[operation.peer].error;
   if (operation.status == UCS_INPROGRESS) {
-    if (peer.error.empty()) return false;
-    fail(peer.error);
+    if (error.empty()) return false;
+    fail(operation.peer, error);
   }
   const std::size_t expected = operation.bytes.size();
   if (operation.status == UCS_ERR_MESSAGE_TRUNCATED)
-    fail(fmt::format("sent more than the {} bytes that were expected", expected));
+    fail(operation.peer, fmt::format("sent more than the {} bytes that were expected", expected));
   if (operation.status != UCS_OK)
-    fail(peer.error.empty() ? ucs_status_string(operation.status) : peer.error);
+    fail(operation.peer, error.empty() ? ucs_status_string(operation.status) : error);
   if (!operation.is_send && operation.received != expected)
-    fail(fmt::format("sent {} bytes where {} were expected", operation.received, expected));
+    fail(operation.peer,
+         fmt::format("sent {} bytes where {} were expected", operation.received, expected));
   tickets_.remove(ticket);
   return true;
 }
@@ -202,36 +174,28 @@ bool UcxTransport::done(Ticket ticket) {
 void UcxTransport::progress() {
   for (int i = 0; i < kMostProgress && ucp_worker_progress(worker_->get()) != 0; ++i) moved_ = true;
   for (int rank = 0; rank < size() && agreed_ + 1 < size(); ++rank) agree(rank);
-  if (!links_->complete() || Clock::now() - looked_ > kLooks) progress_links();
+  look_now_and_then();
 }
 
-void UcxTransport::progress_links() {
-  looked_ = Clock::now();
-  links_->progress();
-  for (int rank = 0; rank < size(); ++rank) {
-    if (!alive(rank)) continue;
-    Peer& peer = peers_[rank];
-    const Links::Peer& link = links_->peer(rank);
-    if (link.text && !peer.greeted) greet(rank);
-    // Who has left in order may have sent what has not come yet.
-    if (!link.lost.empty() && (!link.farewell || peer.received >= *link.farewell))
-      peer.error = link.farewell ? "has left" : link.lost;
-  }
+bool UcxTransport::is_busy(int peer) {
+  bool busy = false;
+  tickets_.for_each(
+      [&](const Operation& operation) { busy |= operation.is_send && operation.peer == peer; });
+  return busy;
 }
 
 // Of two ranks the higher one connects, and the lower one when something has come over that
 // connection. Sends wait until something has come back. So it is known with whom UCX still
 // negotiates: it must not be asked to end that (abort()).
-void UcxTransport::greet(int rank) {
+void UcxTransport::greeted(int rank, const std::string&) {
   Peer& peer = peers_[rank];
-  peer.greeted = true;
   ucp_request_param_t parameters{};
   parameters.op_attr_mask = UCP_OP_ATTR_FLAG_NO_IMM_CMPL;
   peer.hello_received = ucp_tag_recv_nbx(worker_->get(), nullptr, 0, kHello | rank,
                                          std::numeric_limits<ucp_tag_t>::max(), &parameters);
   if (UCS_PTR_IS_ERR(peer.hello_received))
     check(UCS_PTR_STATUS(std::exchange(peer.hello_received, nullptr)), "receiving");
-  if (rank < rank_) connect(rank);
+  if (rank < this->rank()) connect(rank);
 }
 
 void UcxTransport::agree(int rank) {
@@ -239,10 +203,10 @@ void UcxTransport::agree(int rank) {
   if (!peer.hello_received || ucp_request_check_status(peer.hello_received) == UCS_INPROGRESS)
     return;
   ucp_request_free(std::exchange(peer.hello_received, nullptr));
-  if (rank > rank_) connect(rank);
+  if (rank > this->rank()) connect(rank);
   peer.agreed = true;
   ++agreed_;
-  if (peer.error.empty())
+  if (alive(rank))
     for (const Ticket ticket : std::exchange(peer.deferred, {})) start(tickets_.at(ticket));
 }
 
@@ -256,17 +220,17 @@ void UcxTransport::connect(int rank) {
   parameters.err_handler.arg = &peer.self;
   parameters.err_handler.cb = [](void* argument, ucp_ep_h, ucs_status_t status) {
     const auto& [transport, number] = *static_cast<std::pair<UcxTransport*, int>*>(argument);
-    std::string& error = transport->peers_[number].error;
+    std::string& error = transport->partners_[number].error;
     if (error.empty()) error = ucs_status_string(status);
   };
   const ucs_status_t status = ucp_ep_create(worker_->get(), &parameters, &peer.connection);
   if (status != UCS_OK) {
     peer.connection = nullptr;
-    peer.error = ucs_status_string(status);
+    partners_[rank].error = ucs_status_string(status);
     return;
   }
   ucp_request_param_t hello{};
-  peer.hello_sent = ucp_tag_send_nbx(peer.connection, nullptr, 0, kHello | rank_, &hello);
+  peer.hello_sent = ucp_tag_send_nbx(peer.connection, nullptr, 0, kHello | this->rank(), &hello);
   if (!UCS_PTR_IS_PTR(peer.hello_sent)) peer.hello_sent = nullptr;
 }
 
@@ -274,33 +238,7 @@ void UcxTransport::wait(Clock::duration at_most) {
   check_open();
   // Of what moved, somebody may have asked for another operation.
   if (std::exchange(moved_, false) || ucp_worker_arm(worker_->get()) != UCS_OK) return;
-  pollfd fds[] = {{worker_->fd(), POLLIN, 0}, {links_->fd(), POLLIN, 0}};
-  const auto ns = std::chrono::nanoseconds(std::max(at_most, Clock::duration::zero())).count();
-  const timespec timeout{ns / 1'000'000'000, ns % 1'000'000'000};
-  if (::ppoll(fds, std::size(fds), &timeout, nullptr) > 0 && fds[1].revents) progress_links();
-}
-
-// The peers are told how many messages there were, and what UCX still has of them goes out until
-// they leave, too.
-void UcxTransport::leave() noexcept try {
-  const Deadline deadline = Deadline::after(kLinger);
-  std::vector<bool> busy(peers_.size());
-  tickets_.for_each([&](const Operation& operation) {
-    if (operation.is_send) busy[operation.peer] = true;
-  });
-  const auto in_order = [&](int peer) { return alive(peer) && !busy[peer]; };
-  for (int peer = 0; peer < size(); ++peer)
-    if (in_order(peer)) links_->say_farewell(peer, peers_[peer].sent);
-  const auto somebody_stays = [&] {
-    for (int peer = 0; peer < size(); ++peer)
-      if (in_order(peer) && peers_[peer].greeted && !links_->peer(peer).farewell) return true;
-    return false;
-  };
-  while (somebody_stays() && !deadline.expired()) {
-    wait(std::chrono::milliseconds(10));
-    progress();
-  }
-} catch (const std::exception&) {  // then the connection's end tells them
+  sleep(worker_->fd(), at_most);
 }
 
 // With a peer whom UCX still negotiates with, nothing of ours is under way, and what UCX (1.13)
@@ -315,9 +253,10 @@ void UcxTransport::abort() noexcept {
   };
   tickets_.for_each([&](Operation& operation) { end(operation.request, operation.is_send); });
   bool negotiates = false;
-  for (Peer& peer : peers_) {
+  for (int rank = 0; rank < size(); ++rank) {
+    Peer& peer = peers_[rank];
     if (!peer.agreed) {
-      negotiates |= peer.greeted;
+      negotiates |= partners_[rank].greeted;
       continue;
     }
     end(peer.hello_sent, true);

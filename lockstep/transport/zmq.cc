@@ -9,7 +9,6 @@
 #include <fmt/format.h>
 #include <openssl/evp.h>
 #include <openssl/hmac.h>
-#include <poll.h>
 
 #include <algorithm>
 #include <array>
@@ -24,14 +23,12 @@
 #include "lockstep/base/bytes.h"
 #include "lockstep/transport/engines.h"
 #include "lockstep/transport/interface.h"
-#include "lockstep/transport/links.h"
+#include "lockstep/transport/linked_transport.h"
 #include "lockstep/transport/tickets.h"
 
 namespace lockstep {
 namespace {
 
-constexpr auto kLinger = std::chrono::milliseconds(500);
-constexpr auto kLooks = std::chrono::milliseconds(5);  // at the links, of who never waits
 constexpr std::int64_t kMostMessageBytes = std::int64_t{1} << 36;
 // Of a message: the sender's rank, the channel, how many messages he sent before.
 constexpr std::size_t kHeadBytes = 4 + 2 + 8;
@@ -68,11 +65,11 @@ struct Operation {
   std::string error = {};
 };
 
-class ZmqTransport final : public Transport {
+class ZmqTransport final : public LinkedTransport {
  public:
   ZmqTransport(const Curve& curve, LinkListener& listener,
                const std::vector<LinkAddress>& addresses, int rank, std::uint64_t generation)
-      : rank_(rank), addresses_(addresses), curve_(curve), peers_(addresses.size()) {
+      : LinkedTransport(addresses, rank), curve_(curve), peers_(addresses.size()) {
     context_.emplace(1);
     mailbox_ = socket(zmq::socket_type::pull);
     if (!curve_.secret_key.empty()) {
@@ -91,13 +88,6 @@ class ZmqTransport final : public Transport {
   }
 
   std::string_view name() const override { return "zmq"; }
-  int rank() const override { return rank_; }
-  int size() const override { return static_cast<int>(peers_.size()); }
-  std::string describe(int peer) const override {
-    const LinkAddress& address = addresses_.at(peer);
-    return fmt::format("rank {} ({})", peer, host_and_port(address.host, address.port));
-  }
-
   Ticket send(int to, std::uint16_t channel, std::span<const std::byte> bytes) override;
   Ticket receive(int from, std::uint16_t channel, std::span<std::byte> bytes) override;
   bool done(Ticket ticket) override;
@@ -108,21 +98,12 @@ class ZmqTransport final : public Transport {
   struct Peer {
     zmq::socket_t socket;                 // to him, once he has greeted
     std::deque<zmq::message_t> deferred;  // until then
-    std::uint64_t sent = 0, received = 0;
-    std::string error;
   };
   struct Pipe {  // what comes from a rank on a channel
     std::deque<zmq::message_t> messages;
     std::deque<Ticket> receives;
   };
 
-  void check_open() const {
-    if (aborted_) throw TransportError(-1, "zmq: the transport was aborted");
-  }
-  void check_open(int peer) const {
-    check_open();
-    LOCKSTEP_CHECK(peer >= 0 && peer < size() && peer != rank_, "not another rank");
-  }
   zmq::socket_t socket(zmq::socket_type type) {
     zmq::socket_t made(*context_, type);
     made.set(zmq::sockopt::linger, 0);
@@ -133,28 +114,18 @@ class ZmqTransport final : public Transport {
     made.set(zmq::sockopt::reconnect_ivl, -1);  // who has gone has gone
     return made;
   }
-  void connect(int peer);
-  void progress();
-  void progress_links();
+  void greeted(int peer, const std::string& text) override;
+  void progress() override;
+  bool owes(int peer) override { return !peers_[peer].deferred.empty(); }
   void take(zmq::message_t message);
   void deliver(const zmq::message_t& message, Operation& receive) const;
-  void leave() noexcept;
-  bool alive(int peer) const { return peer != rank_ && peers_[peer].error.empty(); }
-  std::string name_of(int peer, std::string_view why) const {
-    return fmt::format("zmq: {}: {}", describe(peer), why);
-  }
 
-  const int rank_;
-  const std::vector<LinkAddress> addresses_;
   const Curve curve_;
   std::optional<zmq::context_t> context_;
   zmq::socket_t mailbox_;
-  std::optional<Links> links_;  // none after abort()
   std::vector<Peer> peers_;
   std::map<std::pair<int, std::uint16_t>, Pipe> pipes_;
   Tickets<Operation> tickets_;
-  Clock::time_point looked_{};
-  bool aborted_ = false;
 };
 
 Transport::Ticket ZmqTransport::send(int to, std::uint16_t channel,
@@ -163,15 +134,15 @@ Transport::Ticket ZmqTransport::send(int to, std::uint16_t channel,
   Peer& peer = peers_[to];
   zmq::message_t message(kHeadBytes + bytes.size());
   auto* const data = message.data<std::byte>();
-  write_little_endian(static_cast<std::uint32_t>(rank_), data);
+  write_little_endian(static_cast<std::uint32_t>(rank()), data);
   write_little_endian(channel, data + 4);
-  write_little_endian(peer.sent++, data + 6);
+  write_little_endian(partners_[to].sent++, data + 6);
   if (!bytes.empty()) std::memcpy(data + kHeadBytes, bytes.data(), bytes.size());
   if (peer.socket)
     peer.socket.send(message, zmq::send_flags::dontwait);
   else
     peer.deferred.push_back(std::move(message));
-  return tickets_.add({.peer = to, .over = peer.error.empty()});
+  return tickets_.add({.peer = to, .over = alive(to)});
 }
 
 Transport::Ticket ZmqTransport::receive(int from, std::uint16_t channel,
@@ -204,9 +175,9 @@ void ZmqTransport::take(zmq::message_t message) {
   if (!number) return;  // none of ours
   const auto rank = static_cast<int>(*read_little_endian<std::uint32_t>(bytes, 0));
   if (rank < 0 || rank >= size() || !alive(rank)) return;
-  Peer& peer = peers_[rank];
-  if (*number != peer.received++) {
-    peer.error = "messages are missing";
+  Partner& partner = partners_[rank];
+  if (*number != partner.received++) {
+    partner.error = "messages are missing";
     return;
   }
   Pipe& pipe = pipes_[{rank, *read_little_endian<std::uint16_t>(bytes, 4)}];
@@ -222,48 +193,29 @@ bool ZmqTransport::done(Ticket ticket) {
   check_open();
   progress();
   const Operation& operation = tickets_.at(ticket);
-  const Peer& peer = peers_[operation.peer];
-  const auto fail = [&](const std::string& why) {
-    throw TransportError(operation.peer, name_of(operation.peer, why));
-  };
-  if (!operation.error.empty()) fail(operation.error);
+  if (!operation.error.empty()) fail(operation.peer, operation.error);
   if (operation.over) {
     tickets_.remove(ticket);
     return true;
   }
-  if (!peer.error.empty()) fail(peer.error);
+  if (!alive(operation.peer)) fail(operation.peer, partners_[operation.peer].error);
   return false;
 }
 
 void ZmqTransport::progress() {
   zmq::message_t message;
   while (mailbox_.recv(message, zmq::recv_flags::dontwait)) take(std::move(message));
-  if (!links_->complete() || Clock::now() - looked_ > kLooks) progress_links();
+  look_now_and_then();
 }
 
-void ZmqTransport::progress_links() {
-  looked_ = Clock::now();
-  links_->progress();
-  for (int rank = 0; rank < size(); ++rank) {
-    if (!alive(rank)) continue;
-    Peer& peer = peers_[rank];
-    const Links::Peer& link = links_->peer(rank);
-    if (link.text && !peer.socket) connect(rank);
-    // Who has left in order may have sent what has not come yet.
-    if (!link.lost.empty() && (!link.farewell || peer.received >= *link.farewell))
-      peer.error = link.farewell ? "has left" : link.lost;
-  }
-}
-
-void ZmqTransport::connect(int rank) {
+void ZmqTransport::greeted(int rank, const std::string& text) {
   Peer& peer = peers_[rank];
-  const std::string& text = *links_->peer(rank).text;
   const std::size_t colon = text.rfind(':');
   std::uint16_t port = 0;
   if (colon != std::string::npos)
     std::from_chars(text.data() + colon + 1, text.data() + text.size(), port);
   if (port == 0 || text.substr(0, colon) != curve_.proof) {
-    peer.error = "has another key";
+    partners_[rank].error = "has another key";
     return;
   }
   zmq::socket_t made = socket(zmq::socket_type::push);
@@ -272,7 +224,7 @@ void ZmqTransport::connect(int rank) {
     made.set(zmq::sockopt::curve_publickey, curve_.public_key);
     made.set(zmq::sockopt::curve_secretkey, curve_.secret_key);
   }
-  made.connect("tcp://" + host_and_port(addresses_[rank].host, port));
+  made.connect("tcp://" + host_and_port(host_of(rank), port));
   for (zmq::message_t& message : std::exchange(peer.deferred, {}))
     made.send(message, zmq::send_flags::dontwait);
   peer.socket = std::move(made);
@@ -280,32 +232,9 @@ void ZmqTransport::connect(int rank) {
 
 void ZmqTransport::wait(Clock::duration at_most) {
   check_open();
-  pollfd fds[] = {{mailbox_.get(zmq::sockopt::fd), POLLIN, 0}, {links_->fd(), POLLIN, 0}};
   // Its descriptor tells of news since somebody last looked.
   if (mailbox_.get(zmq::sockopt::events) & ZMQ_POLLIN) return;
-  const auto ns = std::chrono::nanoseconds(std::max(at_most, Clock::duration::zero())).count();
-  const timespec timeout{ns / 1'000'000'000, ns % 1'000'000'000};
-  if (::ppoll(fds, std::size(fds), &timeout, nullptr) > 0 && fds[1].revents) progress_links();
-}
-
-// The peers are told how many messages there were, and what ZeroMQ still has of them goes out until
-// they leave, too.
-void ZmqTransport::leave() noexcept try {
-  const Deadline deadline = Deadline::after(kLinger);
-  for (int peer = 0; peer < size(); ++peer)
-    if (alive(peer)) links_->say_farewell(peer, peers_[peer].sent);
-  const auto somebody_stays = [&] {
-    for (int peer = 0; peer < size(); ++peer)
-      if (alive(peer) && (peers_[peer].socket || !peers_[peer].deferred.empty()) &&
-          !links_->peer(peer).farewell)
-        return true;
-    return false;
-  };
-  while (somebody_stays() && !deadline.expired()) {
-    wait(std::chrono::milliseconds(10));
-    progress();
-  }
-} catch (const std::exception&) {  // then the connection's end tells them
+  sleep(mailbox_.get(zmq::sockopt::fd), at_most);
 }
 
 void ZmqTransport::abort() noexcept {
