@@ -12,7 +12,7 @@ if(preset STREQUAL "tsan")
 endif()
 if(preset STREQUAL "asan")
   set(ENV{GTEST_FILTER} "-*ShmThreads*")  # ranks as threads are the thread sanitizer's
-  set(chosen -E "^(transport_mpi|across\\.mpirun)$")  # Open MPI leaks
+  set(chosen -E "^((transport|collective)_mpi|across\\.mpirun)$")  # Open MPI leaks
 endif()
 set(tests "${CMAKE_CTEST_COMMAND};--test-dir;${build};--output-on-failure;-LE;soak;-j;2")
 foreach(command "${CMAKE_COMMAND};--preset;${preset};-S;${source};-B;${build}"

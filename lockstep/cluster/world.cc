@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -16,6 +17,7 @@
 #include "lockstep/base/hash.h"
 #include "lockstep/cluster/segment_exchange.h"
 #include "lockstep/cluster/trace.h"
+#include "lockstep/collective/plan_choice.h"
 #include "lockstep/memory/control_block.h"
 #include "lockstep/memory/generation_board.h"
 #include "lockstep/memory/segment.h"
@@ -223,7 +225,11 @@ void World::State::make_groups(const std::vector<std::string>& addresses) {
   if (segment)
     options.recorder = &segment->recorder(place.seat >= 0 ? place.seat : place.local_rank);
   options.on_choice = [this](const std::string& choice) {
-    if (place.rank == 0) events->emit({{"event", "message"}, {"text", choice}});
+    if (place.rank != 0) return;
+    if (place.event_fd >= 0)
+      events->emit({{"event", "message"}, {"text", choice}});
+    else
+      std::fprintf(stderr, "lockstep: %s\n", choice.c_str());
   };
   std::vector<std::string> decoded;
   for (const std::string& address : addresses) decoded.push_back(from_base64(address));
@@ -370,6 +376,7 @@ World init_from(const Place& place, const InitOptions& options) {
     group.on_records = [trace] { trace->copy_records(); };
   }
   group.exact = options.exact;
+  group.known_costs = std::make_shared<KnownLinkCosts>();
   if (several_nodes) state->endpoint = endpoint_of(place);
   World world;
   world.state_ = std::move(state);

@@ -136,7 +136,29 @@ inline void run_test_nodes(int size, const Body& body) {
   });
 }
 
+// The processes that mpirun has started, of which the first `size` take part.
+inline void run_mpi(int size, const Body& body, const GroupOptions& options = {}) {
+  static std::uint64_t generation = 0;
+  static const auto endpoint = make_endpoint(Engine::mpi, {});
+  std::vector<std::string> addresses = exchange_by_mpi(endpoint->address());
+  const auto rank =
+      static_cast<int>(std::ranges::find(addresses, endpoint->address()) - addresses.begin());
+  ASSERT_GE(std::ssize(addresses), size) << "mpirun -np";
+  addresses.resize(size);
+  ++generation;
+  try {
+    if (rank < size)
+      body(*make_remote_group(endpoint->connect(addresses, rank, {.generation = generation}),
+                              options));
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << "rank " << rank << ": " << error.what();
+  }
+  exchange_by_mpi("");
+}
+
 inline std::vector<Backend> backends() {
+  if (std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr)
+    return {{"Mpi", {2, 3}, [](int size, const Body& body) { run_mpi(size, body); }}};
   if (const TestNode* here = test_node()) {
     std::vector<int> sizes = {here->size()};
     if (here->local_sizes == std::vector(4, 1)) sizes.insert(sizes.begin(), 3);

@@ -130,6 +130,7 @@ class Group {
 
 class Segment;
 struct FlightRecorder;
+struct KnownLinkCosts;
 struct GroupOptions {
   std::uint64_t generation = 0;
   Clock::duration timeout = kDefaultTimeout;
@@ -145,6 +146,9 @@ struct GroupOptions {
   // Across nodes: where this rank's operations are recorded, and must be as long as the group
   // lives; none: nowhere.
   FlightRecorder* recorder = nullptr;
+  // Across nodes: what links cost, for groups of the same ranks in later generations; none:
+  // measured each time.
+  std::shared_ptr<KnownLinkCosts> known_costs = {};
   // Across nodes: told once of each plan that an all_reduce runs, and why that one.
   std::function<void(const std::string&)> on_choice = {};
 };

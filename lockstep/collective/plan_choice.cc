@@ -11,7 +11,8 @@
 namespace lockstep {
 
 std::string_view name_of(AllReducePlan plan) {
-  constexpr std::string_view kNames[] = {"to_all", "direct", "doubling", "halving", "tree", "ring"};
+  constexpr std::string_view kNames[] = {"to_all", "direct", "doubling", "halving",
+                                         "tree",   "ring",   "engine"};
   return kNames[static_cast<int>(plan)];
 }
 
@@ -49,6 +50,8 @@ PlanChoice choose_all_reduce(const LinkCosts& costs, int size, std::size_t bytes
        is_power},
       {AllReducePlan::tree, cost(2 * depth, 2 * depth, 2 * depth * data, depth * data), true},
       {AllReducePlan::ring, cost(2 * others, 2 * others, 2 * share * data, share * data), false}};
+  if (costs.engine_bytes_per_s > 0)
+    all.push_back({AllReducePlan::engine, costs.engine_s + data / costs.engine_bytes_per_s, false});
   if (exact) std::erase_if(all, [](const Candidate& one) { return !one.is_canonical; });
   std::ranges::stable_sort(all, {}, &Candidate::seconds);
   return {.plan = all[0].plan,

@@ -4,12 +4,13 @@
 #pragma once
 
 #include <cstddef>
+#include <map>
 #include <string>
 #include <string_view>
 
 namespace lockstep {
 
-enum class AllReducePlan { to_all, direct, doubling, halving, tree, ring };
+enum class AllReducePlan { to_all, direct, doubling, halving, tree, ring, engine };
 std::string_view name_of(AllReducePlan plan);
 
 // What all ranks agree on: the slowest's.
@@ -18,6 +19,14 @@ struct LinkCosts {
   double bandwidth_bytes_per_s = 1e9;  // of a rank, in each direction
   double message_s = 3e-6;             // what a message costs its sender
   double adding_bytes_per_s = 5e9;
+  // The engine's own all_reduce (MPI's): of nothing, and of data. 0: it has none.
+  double engine_s = 0, engine_bytes_per_s = 0;
+  bool operator==(const LinkCosts&) const = default;
+};
+
+// What has been measured, by who took part: for the groups that these form again. One thread.
+struct KnownLinkCosts {
+  std::map<std::string, LinkCosts> by_members;
 };
 
 struct PlanChoice {

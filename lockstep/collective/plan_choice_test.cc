@@ -53,6 +53,17 @@ TEST(PlanChoiceTest, OnlyCanonicalPlansWhereThatIsAsked) {
       }
 }
 
+TEST(PlanChoiceTest, TheEnginesOwnWhereItIsFasterAndNothingIsExact) {
+  LinkCosts costs = kGigabit;
+  costs.engine_s = 60e-6;
+  costs.engine_bytes_per_s = 200e6;
+  EXPECT_EQ(plan_for(4, 8 << 20, false, costs), AllReducePlan::engine);
+  EXPECT_EQ(plan_for(4, 8 << 20, true, costs), AllReducePlan::direct);
+  EXPECT_EQ(plan_for(4, 64, false, costs), AllReducePlan::to_all);
+  costs.engine_bytes_per_s = 20e6;
+  EXPECT_NE(plan_for(4, 8 << 20, false, costs), AllReducePlan::engine);
+}
+
 TEST(PlanChoiceTest, TheReasonHasTheNumbers) {
   EXPECT_THAT(choose_all_reduce(kGigabit, 4, 8 << 20, true, false).reason,
               AllOf(StartsWith("direct: "), HasSubstr("4 ranks, 8388608 bytes, 50 us latency, 125 "

@@ -78,7 +78,8 @@ class RemoteGroup final : public Group, public Endable {
             const CallOptions& options) override;
   std::unique_ptr<Group> split(int color, int key, const CallOptions& options) override;
 
-  // all_reduce by a plan that all ranks name; 16-bit types only to_all and directly.
+  // all_reduce by a plan that all ranks name; 16-bit types only to_all and directly, bytes not by
+  // the engine.
   void all_reduce_by(AllReducePlan by, std::span<std::byte> data, Dtype dtype, Reduction reduction,
                      const CallOptions& options);
   // A reduction of `bytes` of which all ranks have a plan.
@@ -122,6 +123,7 @@ class RemoteGroup final : public Group, public Endable {
             .slot_bytes = slot_bytes};
   }
   AllReducePlan plan_for(std::size_t bytes, Dtype dtype);
+  void reduce_by_engine(std::span<std::byte> data, Dtype dtype, Reduction reduction);
   // Of messages between two ranks at a time (plans.h).
   void execute(const Plan& plan, std::span<std::byte> data, Dtype dtype, Reduction reduction);
   std::vector<Slice> chunks_of(std::size_t count, Dtype dtype) const;

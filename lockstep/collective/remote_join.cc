@@ -10,7 +10,10 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
+#include <map>
+#include <numeric>
 #include <type_traits>
 
 #include "lockstep/base/error.h"
@@ -22,7 +25,7 @@ namespace lockstep {
 namespace {
 
 constexpr std::uint64_t kMagic = 0x312d656d6f636c65;  // also of the order of bytes
-constexpr std::uint32_t kVersion = 1;                 // of all that groups send
+constexpr std::uint32_t kVersion = 2;                 // of all that groups send
 constexpr Clock::duration kSlice = std::chrono::milliseconds(50);
 constexpr int kRounds = 5, kShifts = 3;  // the first ones open the way
 constexpr std::size_t kShiftBytes = 256 << 10;
@@ -36,6 +39,7 @@ struct Hello {
   std::uint32_t rank = 0, size = 0;
   std::uint64_t machine = 0;  // which one
   std::uint32_t local_ranks = 0, exact = 0;
+  std::uint64_t known_costs = 0;  // a digest; 0: none are
   std::array<std::uint8_t, 32> nonce{};
 };
 static_assert(std::has_unique_object_representations_v<Hello>);
@@ -77,6 +81,7 @@ class Join {
     mine_.machine = this_machine();
     mine_.local_ranks = options.local_ranks;
     mine_.exact = options.exact;
+    if (options.known_costs) mine_.known_costs = find_costs(options.known_costs->by_members);
     LOCKSTEP_CHECK(RAND_bytes(mine_.nonce.data(), static_cast<int>(mine_.nonce.size())) == 1);
   }
 
@@ -96,7 +101,11 @@ class Join {
           CRYPTO_memcmp(proofs[rank].data(), proof_of(options_.key, hellos[rank], mine_).data(),
                         sizeof(Proof)) != 0)
         fail(fmt::format("{} has another key for this job", transport_.describe(rank)));
-    measure();
+    // Ranks that don't know the same measure anew, all of them.
+    const auto knows = [&](const Hello& theirs) { return theirs.known_costs == mine_.known_costs; };
+    const bool known = std::ranges::count_if(hellos, knows) >= transport_.size() - 1;
+    if (mine_.known_costs == 0 || !known) measure();
+    if (options_.known_costs) options_.known_costs->by_members[members_] = link_.costs;
     cpu_set_t cores;
     link_.may_spin =
         ::sched_getaffinity(0, sizeof(cores), &cores) == 0 && crowd <= CPU_COUNT(&cores);
@@ -106,45 +115,69 @@ class Join {
  private:
   using Open = std::vector<std::pair<int, Transport::Ticket>>;  // with which rank
 
-  // The best of a few rounds of everybody with everybody, and a shift around the ring; of these the
-  // slowest rank's.
+  // Those of the same ranks, from before.
+  std::uint64_t find_costs(const std::map<std::string, LinkCosts>& by_members) {
+    for (int rank = 0; rank < transport_.size(); ++rank)
+      members_ += transport_.describe(rank) + (options_.exact ? "" : "*") + '\n';
+    const auto found = by_members.find(members_);
+    if (found == by_members.end()) return 0;
+    link_.costs = found->second;
+    const auto word = [](double value) { return std::bit_cast<std::uint64_t>(value); };
+    return 1 | mix({word(link_.costs.latency_s), word(link_.costs.bandwidth_bytes_per_s),
+                    word(link_.costs.engine_s), word(link_.costs.engine_bytes_per_s)});
+  }
+
+  // The best of a few rounds of everybody with everybody, a shift around the ring, and the engine's
+  // own all_reduce; of these the slowest rank's.
   void measure() {
     if (transport_.size() == 1) return;
-    const auto time_of = [](auto&& what) {
+    struct Measured {
+      double latency_s = 10, shift_s = 100, engine_s = 100, engine_shift_s = 100;
+    } mine;
+    const auto time = [](double& best, auto&& what) {
       const auto began = Clock::now();
       what();
-      return seconds(Clock::now() - began);
+      best = std::min(best, seconds(Clock::now() - began));
     };
-    double latency_s = 1;
     for (int round = 0; round < kRounds; ++round)
-      latency_s =
-          std::min(latency_s,
-                   time_of([&] { exchange<std::uint64_t>(kHelloChannel, [](int) { return 0; }); }));
+      time(mine.latency_s, [&] { exchange<std::uint64_t>(kHelloChannel, [](int) { return 0; }); });
     const std::span<std::byte> place = link_.lasting(2 * kShiftBytes);
-    double shift_s = 100;
+    const int size = transport_.size(), rank = transport_.rank();
+    const int from = (rank + size - 1) % size, to = (rank + 1) % size;
     for (int round = 0; round < kShifts; ++round)
-      shift_s = std::min(
-          shift_s, time_of([&] {
-            const int size = transport_.size(), rank = transport_.rank();
-            const int from = (rank + size - 1) % size, to = (rank + 1) % size;
-            finish({{from, transport_.receive(from, kShiftChannel, place.first(kShiftBytes))},
-                    {to, transport_.send(to, kShiftChannel, place.last(kShiftBytes))}});
-          }));
-    link_.memory.pop_back();
-    struct Measured {
-      double latency_s, shift_s;
-    };
-    const Measured mine{latency_s, shift_s};
-    auto all = exchange<Measured>(kHelloChannel, [&](int) { return mine; });
-    all[transport_.rank()] = mine;
-    Measured slowest{1e-7, 1e-7};
-    for (const Measured& one : all) {
-      slowest.latency_s = std::max(slowest.latency_s, std::min(one.latency_s, 10.0));
-      slowest.shift_s = std::max(slowest.shift_s, std::min(one.shift_s, 100.0));
+      time(mine.shift_s, [&] {
+        finish({{from, transport_.receive(from, kShiftChannel, place.first(kShiftBytes))},
+                {to, transport_.send(to, kShiftChannel, place.last(kShiftBytes))}});
+      });
+    const bool reduces = link_.reducing && !options_.exact;
+    for (int round = 0; reduces && round < kShifts; ++round) {
+      time(mine.engine_s, [&] { reduce(place.first(sizeof(float))); });
+      time(mine.engine_shift_s, [&] { reduce(place.first(kShiftBytes)); });
     }
-    link_.costs.latency_s = slowest.latency_s;
-    link_.costs.bandwidth_bytes_per_s =
-        kShiftBytes / std::max(slowest.shift_s - slowest.latency_s, slowest.shift_s / 10);
+    link_.memory.pop_back();
+    auto all = exchange<Measured>(kHelloChannel, [&](int) { return mine; });
+    all[rank] = mine;
+    const auto slowest = [&](double Measured::*what) {
+      double value = 1e-7;
+      for (const Measured& one : all) value = std::max(value, std::min(one.*what, 100.0));
+      return value;
+    };
+    const auto bandwidth = [](double idle_s, double busy_s) {
+      return kShiftBytes / std::max(busy_s - idle_s, busy_s / 10);
+    };
+    LinkCosts& costs = link_.costs;
+    costs = {.latency_s = slowest(&Measured::latency_s)};
+    costs.bandwidth_bytes_per_s = bandwidth(costs.latency_s, slowest(&Measured::shift_s));
+    if (!reduces) return;
+    costs.engine_s = slowest(&Measured::engine_s);
+    costs.engine_bytes_per_s = bandwidth(costs.engine_s, slowest(&Measured::engine_shift_s));
+  }
+
+  void reduce(std::span<std::byte> data) {
+    std::vector<int> everybody(transport_.size());
+    std::iota(everybody.begin(), everybody.end(), 0);
+    finish({{-1, link_.reducing->all_reduce(everybody, data, Dtype::float32,
+                                            ReducingTransport::Combining::max)}});
   }
 
   // What each rank sends this one, by rank; of_mine(rank) goes to it.
@@ -183,7 +216,9 @@ class Join {
       std::string late;
       for (int last = -1; const auto& [rank, ticket] : open)
         if (std::exchange(last, rank) != rank)
-          late += (late.empty() ? "" : ", ") + transport_.describe(rank);
+          late += (late.empty() ? "" : ", ") +
+                  (rank < 0 ? "all_reduce of " + std::string(transport_.name())
+                            : transport_.describe(rank));
       fail(fmt::format("gave up after {:.2f} s waiting for {}, which has not joined",
                        seconds(options_.timeout), late));
     }
@@ -218,6 +253,7 @@ class Join {
   Transport& transport_;
   const GroupOptions& options_;
   const Deadline deadline_;
+  std::string members_;
   Hello mine_;
 };
 

@@ -28,9 +28,11 @@ struct RemoteLink {
 
   std::deque<std::vector<std::byte>> memory;
   const std::unique_ptr<Transport> transport;
+  // The same, where the engine reduces by itself.
+  ReducingTransport* const reducing = dynamic_cast<ReducingTransport*>(transport.get());
   int next_channel = 0;  // no group has used this one or a later one
   bool may_spin = false;
-  LinkCosts costs;   // measured by all ranks when they joined, the same on all
+  LinkCosts costs;   // measured by all ranks when they first met, the same on all
   std::string over;  // the message that ended the transport
 };
 

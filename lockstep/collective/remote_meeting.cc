@@ -254,6 +254,13 @@ RemoteMeeting::Ticket RemoteMeeting::receive(int from, Stream stream, std::span<
   return ticket;
 }
 
+RemoteMeeting::Ticket RemoteMeeting::all_reduce(std::span<std::byte> bytes, Dtype dtype,
+                                                ReducingTransport::Combining combining) {
+  const Ticket ticket = link_->reducing->all_reduce(members_, bytes, dtype, combining);
+  ++open_data_;
+  return ticket;
+}
+
 bool RemoteMeeting::done(Ticket ticket) {
   if (!transport().done(ticket)) return false;
   --open_data_;

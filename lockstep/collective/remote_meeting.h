@@ -64,7 +64,10 @@ class RemoteMeeting {
   using Ticket = Transport::Ticket;
   Ticket send(int to, Stream stream, std::span<const std::byte> bytes);
   Ticket receive(int from, Stream stream, std::span<std::byte> bytes);
+  Ticket all_reduce(std::span<std::byte> bytes, Dtype dtype,
+                    ReducingTransport::Combining combining);  // by the engine
   bool done(Ticket ticket);
+  bool has_left(int rank) const { return peers_[rank].has_left; }
   // Until done(). waits_for(rank): is it one that keeps us waiting?
   using Done = std::function<bool()>;
   using WaitsFor = std::function<bool(int)>;

@@ -69,8 +69,9 @@ AllReducePlan RemoteGroup::plan_for(std::size_t bytes, Dtype dtype) {
   if (in_frame && goes_to_all(bytes)) return AllReducePlan::to_all;
   const PlanChoice choice =
       choose_all_reduce(meeting_.link()->costs, size_, bytes, options_.exact, in_frame);
-  // Others round 16-bit types after every addition.
-  const bool rounds = is_floating_point(dtype) && size_of(dtype) == 2;
+  // Others round 16-bit types after every addition. MPI's saturates bytes (Open MPI 4.1).
+  const bool rounds = (is_floating_point(dtype) && size_of(dtype) == 2) ||
+                      (choice.plan == AllReducePlan::engine && size_of(dtype) < 4);
   const AllReducePlan plan =
       rounds && choice.plan != AllReducePlan::to_all ? AllReducePlan::direct : choice.plan;
   const unsigned bit = 1U << static_cast<int>(plan);
@@ -102,9 +103,22 @@ void RemoteGroup::all_reduce_by(AllReducePlan by, std::span<std::byte> data, Dty
                          : by == halving ? plan_recursive_halving
                          : by == tree    ? plan_tree
                                          : plan_ring;
-    execute(planner(rank_, size_), data, dtype, reduction);
+    if (by == engine)
+      reduce_by_engine(data, dtype, reduction);
+    else
+      execute(planner(rank_, size_), data, dtype, reduction);
     if (reduction == Reduction::mean) kernels().divide(data.data(), dtype, size_, count);
   });
+}
+
+// Who has left had done its part.
+void RemoteGroup::reduce_by_engine(std::span<std::byte> data, Dtype dtype, Reduction reduction) {
+  using enum ReducingTransport::Combining;
+  constexpr ReducingTransport::Combining kCombining[] = {sum, sum, min, max, product};
+  const auto ticket = meeting_.all_reduce(data, dtype, kCombining[static_cast<int>(reduction)]);
+  bool over = false;
+  meeting_.await([&] { return over = over || meeting_.done(ticket); },
+                 [&](int rank) { return !meeting_.has_left(rank); });
 }
 
 void RemoteGroup::execute(const Plan& plan, std::span<std::byte> data, Dtype dtype,

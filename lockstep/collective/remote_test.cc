@@ -220,6 +220,92 @@ TEST(RemoteTest, ThePlanAndItsReasonAreToldOnce) {
   });
 }
 
+// Two ranks join; what each says of its choice among plans.
+std::vector<std::string> choices_of_two(const LoopbackNodes& nodes, std::uint64_t generation,
+                                        const std::shared_ptr<KnownLinkCosts> (&known)[2],
+                                        bool exact = true) {
+  std::vector<std::string> choices(2);
+  run_threads(2, [&](int rank) {
+    auto group = join(nodes, rank,
+                      {.generation = generation,
+                       .exact = exact,
+                       .known_costs = known[rank],
+                       .on_choice = [&](const auto& text) { choices[rank] = text; }});
+    sum_of(40'000'000)(*group);
+  });
+  return choices;
+}
+
+TEST(RemoteTest, WhatLinksCostIsKnownInLaterGenerations) {
+  const LoopbackNodes nodes(2);
+  const std::shared_ptr<KnownLinkCosts> known[] = {std::make_shared<KnownLinkCosts>(),
+                                                   std::make_shared<KnownLinkCosts>()};
+  choices_of_two(nodes, 1, known);
+  ASSERT_EQ(known[0]->by_members.size(), 1u);
+  EXPECT_EQ(known[0]->by_members, known[1]->by_members);
+  for (const auto& each : known) each->by_members.begin()->second.latency_s = 0.125;
+  for (const std::string& choice : choices_of_two(nodes, 2, known))
+    EXPECT_THAT(choice, HasSubstr("1.25e+05 us latency"));
+  // Not where other plans may run, or one rank knows otherwise.
+  for (const std::string& choice : choices_of_two(nodes, 3, known, false))
+    EXPECT_THAT(choice, Not(HasSubstr("e+05 us latency")));
+  EXPECT_EQ(known[0]->by_members.size(), 2u);
+  known[1]->by_members.begin()->second.latency_s = 0.25;
+  for (const std::string& choice : choices_of_two(nodes, 4, known))
+    EXPECT_THAT(choice, Not(HasSubstr("e+05 us latency")));
+  EXPECT_EQ(known[0]->by_members, known[1]->by_members);
+}
+
+// Under mpirun: MPI's own all_reduce, of all and of some.
+TEST(Mpi, ReducesByItself) {
+  if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr) GTEST_SKIP() << "only under mpirun";
+  std::string choice;
+  const GroupOptions options{.timeout = kTestTimeout,
+                             .exact = false,
+                             .known_costs = std::make_shared<KnownLinkCosts>(),
+                             .on_choice = [&](const auto& text) { choice = text; }};
+  const auto check = [](Group& group) {
+    auto& remote = dynamic_cast<RemoteGroup&>(group);
+    const auto check_sum = [&]<typename T>(T, Dtype dtype, Reduction reduction) {
+      auto data = naive::inputs<T>(group.rank(), 30'001);
+      remote.all_reduce_by(AllReducePlan::engine, data, dtype, reduction, {});
+      EXPECT_TRUE(data == naive::reduced<T>(group.size(), 30'001, reduction))
+          << name_of(dtype) << ' ' << name_of(reduction);
+    };
+    for (const Reduction reduction : kReductions) {
+      check_sum(std::int32_t{}, Dtype::int32, reduction);
+      check_sum(std::int64_t{}, Dtype::int64, reduction);
+    }
+    for (const Reduction reduction : {Reduction::min, Reduction::max}) {
+      check_sum(float{}, Dtype::float32, reduction);
+      check_sum(double{}, Dtype::float64, reduction);
+    }
+  };
+  run_mpi(
+      3,
+      [&](Group& group) {
+        check(group);
+        EXPECT_GT(options.known_costs->by_members.begin()->second.engine_bytes_per_s, 0);
+        check(*group.split(group.rank() % 2, 0));
+      },
+      options);
+  // Chosen where it is the fastest.
+  auto& costs = options.known_costs->by_members.begin()->second;
+  costs = {.engine_s = 1e-9, .engine_bytes_per_s = 1e15};
+  run_mpi(3, sum_of(1'000'000), options);
+  EXPECT_THAT(choice, HasSubstr("all_reduce: engine: "));
+  choice.clear();
+  run_mpi(
+      3,
+      [](Group& group) {
+        auto data = naive::inputs<std::int8_t>(group.rank(), 100'000);
+        group.all_reduce(data, Dtype::int8, Reduction::sum);
+        EXPECT_TRUE(data == naive::reduced<std::int8_t>(3, 100'000, Reduction::sum));
+      },
+      options);
+  EXPECT_EQ(choice, "");
+}
+
 TEST(RemoteTest, TheFlightRecorderHasEveryCall) {
   const LoopbackNodes nodes(2);
   auto segment = make_segment(2, 16 << 20);

@@ -69,7 +69,7 @@ struct Operation {
   std::vector<MPI_Request> requests = {};  // a piece each
 };
 
-class MpiTransport final : public Transport {
+class MpiTransport final : public ReducingTransport {
  public:
   MpiTransport(std::vector<int> ranks, int rank, std::uint64_t generation)
       : ranks_(std::move(ranks)), rank_(rank), generation_(generation) {}
@@ -83,6 +83,8 @@ class MpiTransport final : public Transport {
   }
   Ticket send(int to, std::uint16_t channel, std::span<const std::byte> bytes) override;
   Ticket receive(int from, std::uint16_t channel, std::span<std::byte> bytes) override;
+  Ticket all_reduce(const std::vector<int>& members, std::span<std::byte> data, Dtype dtype,
+                    Combining combining) override;
   bool done(Ticket ticket) override;
   void wait(Clock::duration at_most) override;
   void abort() noexcept override;
@@ -92,17 +94,20 @@ class MpiTransport final : public Transport {
     if (aborted_) throw TransportError(-1, "mpi: the transport was aborted");
   }
   [[noreturn]] void fail(int peer, std::string_view why) const {
+    if (peer < 0) throw TransportError(peer, fmt::format("mpi: {}", why));
     throw TransportError(peer, fmt::format("mpi: {}: {}", describe(peer), why));
   }
   Operation begin(int peer, std::uint16_t channel, std::span<std::byte> bytes) const;
   void match(std::deque<Ticket>& receives);
   bool match(Operation& receive);
+  MPI_Comm communicator(const std::vector<int>& members);
 
   const std::vector<int> ranks_;  // MPI's
   const int rank_;
   const std::uint64_t generation_;
   Tickets<Operation> tickets_;
   std::map<std::pair<int, int>, std::deque<Ticket>> unmatched_;  // receives, by peer and tag
+  std::map<std::vector<int>, MPI_Comm> communicators_;           // MPI_Finalize ends them
   Clock::duration nap_ = kNap;
   bool aborted_ = false;
 };
@@ -171,6 +176,59 @@ bool MpiTransport::match(Operation& receive) {
     if (static_cast<std::size_t>(count) != expected || receive.begun == receive.bytes.size())
       return true;
   }
+}
+
+// MPI has none that waits with a deadline for who does not come: so all are on the way here.
+MPI_Comm MpiTransport::communicator(const std::vector<int>& members) {
+  const auto [found, is_new] = communicators_.try_emplace(members, MPI_COMM_NULL);
+  if (!is_new) return found->second;
+  std::vector<int> numbers;
+  for (const int member : members) numbers.push_back(ranks_.at(member));
+  MPI_Group everybody = MPI_GROUP_NULL, chosen = MPI_GROUP_NULL;
+  check(MPI_Comm_group(MPI_COMM_WORLD, &everybody), "choosing ranks");
+  check(MPI_Group_incl(everybody, static_cast<int>(numbers.size()), numbers.data(), &chosen),
+        "choosing ranks");
+  check(MPI_Comm_create_group(MPI_COMM_WORLD, chosen, 0, &found->second), "a group of ranks");
+  MPI_Group_free(&chosen);
+  MPI_Group_free(&everybody);
+  check(MPI_Comm_set_errhandler(found->second, MPI_ERRORS_RETURN), "a group of ranks");
+  return found->second;
+}
+
+MPI_Datatype type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32:
+      return MPI_FLOAT;
+    case Dtype::float64:
+      return MPI_DOUBLE;
+    case Dtype::int32:
+      return MPI_INT32_T;
+    case Dtype::int64:
+      return MPI_INT64_T;
+    default:
+      break;
+  }
+  LOCKSTEP_CHECK(false, "MPI knows no such type");
+  return MPI_DATATYPE_NULL;
+}
+
+Transport::Ticket MpiTransport::all_reduce(const std::vector<int>& members,
+                                           std::span<std::byte> data, Dtype dtype,
+                                           Combining combining) {
+  check_open();
+  const MPI_Op kOperations[] = {MPI_SUM, MPI_MIN, MPI_MAX, MPI_PROD};
+  Operation all{.peer = -1, .bytes = data, .matched = true};
+  all.copy = std::make_unique_for_overwrite<std::byte[]>(data.size());
+  std::ranges::copy(data, all.copy.get());
+  for (; all.begun < data.size(); all.begun += std::min(kPieceBytes, data.size() - all.begun)) {
+    const std::size_t piece = std::min(kPieceBytes, data.size() - all.begun);
+    check(MPI_Iallreduce(MPI_IN_PLACE, all.copy.get() + all.begun,
+                         static_cast<int>(piece / size_of(dtype)), type_of(dtype),
+                         kOperations[static_cast<int>(combining)], communicator(members),
+                         &all.requests.emplace_back(MPI_REQUEST_NULL)),
+          "all_reduce");
+  }
+  return tickets_.add(std::move(all));
 }
 
 bool MpiTransport::done(Ticket ticket) {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "lockstep/base/deadline.h"
+#include "lockstep/base/dtype.h"
 #include "lockstep/base/error.h"
 
 namespace lockstep {
@@ -57,6 +58,16 @@ class Transport {
   // Everything under way ends; none of the bytes is touched any more. For good: further calls
   // throw, and the peers are told.
   virtual void abort() noexcept = 0;
+};
+
+// Of an engine that reduces by itself, in an order of its own: MPI.
+class ReducingTransport : public Transport {
+ public:
+  enum class Combining : std::uint8_t { sum, min, max, product };
+  // Of `members`, who all begin it, and one such at a time: not before each knows that the others
+  // do. `data` is the result when done(). dtype: of 32 or 64 bits.
+  virtual Ticket all_reduce(const std::vector<int>& members, std::span<std::byte> data, Dtype dtype,
+                            Combining combining) = 0;
 };
 
 struct ConnectOptions {

@@ -40,14 +40,16 @@ def test_mpirun(folder):
     if mpirun is None:
         raise Skip("mpirun is not installed")
     with Nodes(2) as nodes, Sshd(nodes, folder) as ssh:
-        for ranks in (1, 2):
+        for ranks, mode in ((1, "sum"), (2, "sum"), (2, "fast")):
             (result,) = results_of([start(nodes, 0, [
                 mpirun, "--allow-run-as-root", "--oversubscribe", "-n", 2 * ranks, "--host",
                 ",".join(f"{name}:{ranks}" for name in nodes.names), "--mca", "plm_rsh_agent",
-                f"{folder}/bin/ssh", WORKER, "sum"], TMPDIR=folder, **ssh.environment)])
+                f"{folder}/bin/ssh", WORKER, mode], TMPDIR=folder, **ssh.environment)])
             total = sum(range(2 * ranks))
             equal(sums(result.out), [f"rank {rank} of {2 * ranks} by mpirun: sum {total}"
                                      for rank in range(2 * ranks)], result)
+            chosen = re.search(r"all_reduce: \w+: .* ms expected, then .* us latency, ", result.err)
+            equal(chosen is not None, mode == "fast", result)
 
 
 def test_torchrun(folder):

@@ -2,6 +2,7 @@
 // request.
 //
 //   cluster_worker sum            prints rank, size, launcher and the sum of all ranks
+//   cluster_worker fast           the same of 4 MB, by whichever plan is the fastest
 //   cluster_worker crash RANK     that rank kills itself, the others wait for it
 //   cluster_worker kill RANK      it is killed while it waits in all_reduce, by the next rank
 //   cluster_worker hang RANK      that rank never comes
@@ -19,6 +20,7 @@
 #include <span>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/world.h"
@@ -54,7 +56,8 @@ int work(const std::string& mode, const char* argument, int code) {
   const Place place = place_from(process_environment());
   if (mode == "exit" && place.rank == victim) return code;
   const bool late = mode == "hang" || mode == "stop";
-  const World world = init({.timeout = std::chrono::seconds(late ? 2 : 60)});
+  const World world =
+      init({.timeout = std::chrono::seconds(late ? 2 : 60), .exact = mode != "fast"});
   world.group().barrier({.tag = "start"});
   if (mode == "memory")
     world.group().allocate(std::strtoull(argument, nullptr, 10), "the test's data");
@@ -63,6 +66,13 @@ int work(const std::string& mode, const char* argument, int code) {
   if (world.rank() == victim && mode == "stop") ::kill(::getpid(), SIGSTOP);
   if (world.rank() == victim && mode == "hang")
     for (;;) ::pause();
+  if (mode == "fast") {
+    std::vector<float> much(1 << 20, 1);
+    for (int i = 0; i < 2; ++i)  // told of once
+      world.group().all_reduce(std::as_writable_bytes(std::span(much)), Dtype::float32,
+                               Reduction::mean, {.tag = "much"});
+    if (much.front() != 1 || much.back() != 1) return 1;
+  }
   const float sum = sum_of_ranks(world, mode == "mismatch" && world.rank() == 0 ? 4 : 8);
   std::cout << fmt::format("rank {} of {} by {}: sum {}\n", world.rank(), world.size(),
                            name_of(world.place().launcher), sum);
