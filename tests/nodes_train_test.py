@@ -43,8 +43,8 @@ class Node:
 
 
 @contextlib.contextmanager
-def training(folder, job, number, count, *arguments, output=None):
-    """The nodes, and what runs on each."""
+def training(folder, job, number, count, *arguments, output=None, late=0):
+    """The nodes, and what runs on each but the last `late` ones."""
     key = f"{folder}/key"
     if not os.path.exists(key):
         lockstep("key", key)
@@ -53,7 +53,7 @@ def training(folder, job, number, count, *arguments, output=None):
                               "--key-file", key, *arguments, output=output)
         assert command[0] == LOCKSTEP
         yield nodes, [Node(nodes, rank, [*command, "--node-rank", str(rank)])
-                      for rank in range(number)]
+                      for rank in range(number - late)]
 
 
 def test_the_bits_of_one_node(folder):
@@ -97,6 +97,18 @@ def test_a_node_that_is_killed_and_returns(folder):
             node.end(code)
     report = job.check(job.output)
     assert report["recoveries"][0]["seconds"] < 3, report["recoveries"]
+
+
+def test_a_node_that_comes_late(folder):
+    job = Job(folder, epochs=20)
+    with training(folder, job, 2, "1:2", "--workers", 1, *delays(10, 100), late=1) as (nodes,
+                                                                                      running):
+        running[0].wait_for("injected: delay")
+        running.append(Node(nodes, 1, [*running[0].command[:-1], "1"]))
+        running[0].wait_for("joins at the end of a step: going on with 2 workers")
+        for node in running:
+            node.end()
+    job.check(job.output)
 
 
 def test_a_node_that_is_cut_off_and_returns(folder):

@@ -53,8 +53,10 @@ Environment Agent::place_environment(int seat, int rank) const {
   const int local = seat % options_.workers;
   const int number = rank >= 0 ? rank : welcome_.first_rank + local;
   for (const char* name : {"RANK", "ROLE_RANK"}) environment[name] = std::to_string(number);
+  // A node that comes late has workers beyond those that the job began with.
+  const int size = std::max({welcome_.workers, welcome_.first_rank + options_.workers, number + 1});
   for (const char* name : {"WORLD_SIZE", "ROLE_WORLD_SIZE"})
-    environment[name] = std::to_string(welcome_.workers);
+    environment[name] = std::to_string(size);
   environment["LOCAL_RANK"] = std::to_string(options_.nodes ? local : number);
   environment["LOCAL_WORLD_SIZE"] = std::to_string(options_.workers);
   environment["GROUP_RANK"] = std::to_string(options_.nodes ? options_.nodes->rank : 0);
