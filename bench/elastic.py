@@ -4,8 +4,10 @@ Part 1: one of 2 workers is killed, steps of about 20 ms, again and again: secon
 the next committed step, and to the first one that the replaced worker took part in.
 Part 2: a random one of 4 workers is killed every 5 seconds; the throughput beside that of the same
 job undisturbed, in turns.
+Part 3 (as root: network namespaces): one of two nodes is killed and comes back, and takes 50 million
+weights with the state of Adam from the other one.
 
-  ./dev bench elastic [--kills 50] [--minutes 5] [--rounds 1] [--parts 1,2]"""
+  ./dev bench elastic [--kills 50] [--minutes 5] [--rounds 1] [--parts 1,2,3]"""
 
 import argparse
 import json
@@ -96,6 +98,73 @@ def a_kill_every_5_s(minutes, rounds):
     return {"steps": steps, "rounds": rows}
 
 
+LARGE = ["linear-regression", "--set", "model.widths=[6200, 7200]", "--set", "optimizer.name=adam",
+         "--set", "dataset.features=784", "--set", "dataset.rows=4000", "--set",
+         "train.global_batch_size=32", "--set", "train.virtual_ranks=4", "--epochs", "1000",
+         "--set", "checkpoint.every_epochs=0"]
+
+
+def events_of(folder, kind):
+    with open(f"{folder}/events.jsonl") as file:
+        found = [json.loads(line) for line in file]
+    return [event for event in found if event["event"] == kind]
+
+
+def from_a_peer(rounds):
+    """Seconds from the generation with the node that has come back: to all weights, to a step."""
+    sys.path.insert(0, os.path.join(os.path.dirname(HERE), "tests"))
+    from nodes import Nodes  # pylint: disable=import-outside-toplevel
+    found = []
+    for _ in range(rounds):
+        folder = tempfile.mkdtemp(prefix="lockstep-bench-")
+        try:
+            with Nodes(2) as nodes:
+                found.append(one_return(nodes, folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"part 3: a node takes 49.5 M weights and their Adam state (594 MB), {rounds} times")
+    line("seconds to all of them, SHA-256 included", [one["weights_s"] for one in found], "", True)
+    line("seconds to the next committed step", [one["step_s"] for one in found], "", True)
+    return found
+
+
+def one_return(nodes, folder):
+    subprocess.run([f"{BUILD}/lockstep", "key", f"{folder}/key"], check=True)
+
+    def start(node):
+        return nodes.run(node, [
+            f"{BUILD}/lockstep", "train", *LARGE, "--nnodes", "1:2", "--rdzv-endpoint",
+            f"{nodes.names[0]}:29400", "--key-file", f"{folder}/key", "--workers", "1", "--quiet",
+            "--node-rank", str(node), "--output", f"{folder}/{node}", "--overwrite"],
+            env=ENVIRONMENT)
+
+    def wait_for(kind, condition):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if os.path.exists(f"{folder}/0/events.jsonl"):
+                for event in events_of(f"{folder}/0", kind):
+                    if condition(event):
+                        return event
+            time.sleep(0.1)
+        raise TimeoutError(kind)
+
+    agents = [start(0), start(1)]
+    wait_for("first_step", lambda event: True)
+    nodes.kill(1)
+    agents[1].wait()
+    agents[1] = start(1)
+    recovered = wait_for("recovered", lambda event: event["source"] == "peer")
+    number = recovered["generation"]
+    generation = wait_for("generation", lambda event: event["generation"] == number)
+    entered = wait_for("entered", lambda event: event["generation"] == number)
+    for agent in agents:
+        agent.terminate()
+    for agent in agents:
+        agent.wait()
+    return {"weights_s": entered["time"] - generation["time"],
+            "step_s": recovered["clock"] - generation["clock"]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +181,8 @@ def main():
         found["one_of_two"] = kill_one_of_two(options.kills)
     if "2" in parts:
         found["every_5_s"] = a_kill_every_5_s(options.minutes, options.rounds)
+    if "3" in parts:
+        found["from_a_peer"] = from_a_peer(options.rounds)
     with open(options.json, "w") as file:
         json.dump(found, file, indent=1)
     print(f"all of it: {options.json}")

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <future>
 #include <numeric>
 
 #include "lockstep/base/hash.h"
@@ -109,28 +110,30 @@ std::vector<std::span<std::byte>> SharedWeights::State::values() const {
   return all;
 }
 
-// This carrier's part of the source's bytes, proved by its digest.
+// This carrier's part of the source's bytes, proved by its digests: of a piece while the next one
+// travels.
 void SharedWeights::State::pass_values(Group& carriers, int source,
                                        std::span<const std::span<std::byte>> all) {
   const int parts = carriers_of(world);
+  std::string found;
+  std::future<std::string> digest;  // of the last piece
   for (const std::span<std::byte> whole : all) {
-    const std::size_t begin = bound(whole.size(), world.local_rank(), parts, 64);
-    const auto mine =
-        whole.subspan(begin, bound(whole.size(), world.local_rank() + 1, parts, 64) - begin);
-    for (std::size_t at = 0; at < mine.size(); at += kPieceBytes) {
-      carriers.broadcast(mine.subspan(at, std::min(kPieceBytes, mine.size() - at)), Dtype::uint8,
-                         source, kWeights);
+    const std::size_t end = bound(whole.size(), world.local_rank() + 1, parts, 64);
+    for (std::size_t at = bound(whole.size(), world.local_rank(), parts, 64); at < end;
+         at += kPieceBytes) {
+      const auto piece = whole.subspan(at, std::min(kPieceBytes, end - at));
+      carriers.broadcast(piece, Dtype::uint8, source, kWeights);
+      if (digest.valid()) found += digest.get();
+      digest = std::async(std::launch::async, [piece] { return sha256_hex(piece); });
       world.made_progress();
     }
-    const std::string found = sha256_hex(mine);
-    std::string expected = found;
-    carriers.broadcast(std::as_writable_bytes(std::span(expected)), Dtype::uint8, source, kWeights);
-    if (found != expected)
-      throw CommError(
-          fmt::format("rank {}: {} bytes of the weights from another node did not "
-                      "arrive as they were sent",
-                      world.rank(), mine.size()));
   }
+  if (digest.valid()) found += digest.get();
+  std::string expected = found;
+  carriers.broadcast(std::as_writable_bytes(std::span(expected)), Dtype::uint8, source, kWeights);
+  if (found != expected)
+    throw CommError(fmt::format(
+        "rank {}: the weights from another node did not arrive as they were sent", world.rank()));
 }
 
 // Who dies meanwhile leaves weights that are not finished, which nobody takes for whole.

@@ -102,11 +102,13 @@ SharedState SharedState::create(std::span<std::byte> memory, const UpdateSpec& s
   std::memcpy(memory.data() + layout.record_offset(committed.step), &committed, sizeof committed);
   for (int i = 0; i < static_cast<int>(layout.states); ++i) {
     const std::span<float> array = state.state(i);
-    for (const UpdateRange& range : spec.ranges)
-      if (range.group != UpdateRange::kAverage)
+    for (const UpdateRange& range : spec.ranges) {
+      if (range.group == UpdateRange::kAverage) continue;
+      const float initial = initial_state(spec.groups[static_cast<std::size_t>(range.group)]);
+      if (initial != 0)  // pages are touched where they are used
         std::fill(array.begin() + static_cast<std::ptrdiff_t>(range.begin),
-                  array.begin() + static_cast<std::ptrdiff_t>(range.end),
-                  initial_state(spec.groups[static_cast<std::size_t>(range.group)]));
+                  array.begin() + static_cast<std::ptrdiff_t>(range.end), initial);
+    }
   }
   state.words().decided = committed.step;
   state.words().committed = committed.step;
