@@ -27,7 +27,8 @@ constexpr std::string_view kNames[] = {"join",
                                        "all_to_all_uneven",
                                        "split",
                                        "send",
-                                       "recv"};
+                                       "recv",
+                                       "wait"};
 constexpr auto kTree = Operation::tree_all_reduce;
 constexpr int kMaxVirtualRanks = 0xffff;  // as the announcement has room for
 constexpr std::string_view kReductions[] = {"sum", "mean", "min", "max", "product"};

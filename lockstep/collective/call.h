@@ -35,6 +35,7 @@ enum class Operation : std::uint8_t {
   split = 13,
   send = 14,  // a message, as its sender announces it
   recv = 15,  // the same, as its receiver does
+  wait = 16,  // of a CommQueue's owner, for it: recorded, never announced
 };
 
 inline constexpr std::uint64_t kNowhere = ~std::uint64_t{0};

@@ -32,9 +32,13 @@ void take_short_turns() {
   if (attributes.policy == SCHED_OTHER) ::syscall(SYS_sched_setattr, 0, &attributes, 0);
 }
 
+constexpr Clock::duration kLeastRecorded = std::chrono::microseconds(20);
+
 }  // namespace
 
-CommQueue::CommQueue(Group& group) : group_(group), thread_([this] { work(); }) {
+CommQueue::CommQueue(Group& group, FlightRecorder* recorder)
+    : group_(group), thread_([this] { work(); }) {
+  if (recorder != nullptr) recorder_.emplace(*recorder, "exposed");
   ::pthread_setname_np(thread_.native_handle(), "lockstep-comm");
 }
 
@@ -66,13 +70,26 @@ void CommQueue::wait(Deadline deadline) {
     idle_.wait(lock, all_over);
   else
     in_time = idle_.wait_for(lock, deadline.remaining(), all_over);
-  statistics_.exposed += Clock::now() - start;
+  const Clock::time_point now = Clock::now();
+  statistics_.exposed += now - start;
+  if (recorder_ && now - start >= kLeastRecorded) record_wait(start, now);
   if (!in_time)
     throw CommError(fmt::format("rank {}: {} queued collectives were not over in time",
                                 group_.rank(), calls_.size()));
   if (!error_) return;
   const std::exception_ptr error = over_ ? error_ : std::exchange(error_, nullptr);
   std::rethrow_exception(error);
+}
+
+// Once it is over: until then a rank's last operation is the queue's.
+void CommQueue::record_wait(Clock::time_point since, Clock::time_point now) {
+  const auto ns = [](Clock::time_point time) {
+    return std::chrono::nanoseconds(time.time_since_epoch()).count();
+  };
+  recorder_->claim();
+  recorder_->begin(pack({.operation = Operation::wait, .generation = group_.generation()}), {},
+                   ns(since));
+  recorder_->end(ns(now), now - since, OperationState::done);
 }
 
 CommQueue::Statistics CommQueue::statistics() const {

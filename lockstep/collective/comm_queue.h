@@ -13,10 +13,12 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/collective/group.h"
+#include "lockstep/collective/operation_record.h"
 
 namespace lockstep {
 
@@ -24,7 +26,9 @@ class CommQueue {
  public:
   using Call = std::function<void(Group&)>;
 
-  explicit CommQueue(Group& group);
+  // recorder: where a wait() that lasts is recorded, as an operation of a group "exposed"; lives as
+  // long as the queue.
+  explicit CommQueue(Group& group, FlightRecorder* recorder = nullptr);
   // Waits for the call that runs; those that have not begun are dropped.
   ~CommQueue();
   CommQueue(const CommQueue&) = delete;
@@ -47,7 +51,10 @@ class CommQueue {
  private:
   void work();
 
+  void record_wait(Clock::time_point since, Clock::time_point now);
+
   Group& group_;
+  std::optional<OperationRecorder> recorder_;
   mutable std::mutex mutex_;
   std::condition_variable submitted_, idle_;
   std::deque<Call> calls_;  // the first one stays until it is over

@@ -95,6 +95,24 @@ TEST(CommQueueTest, TheOwnerGoesOnWhileCallsRun) {
   });
 }
 
+TEST(CommQueueTest, AWaitThatLastsIsRecorded) {
+  const auto segment = make_segment(1, 1 << 20);
+  const auto group = make_solo_group({.generation = 7});
+  CommQueue queue(*group, &segment->recorder(0));
+  std::binary_semaphore go(0);
+  queue.submit([&](Group&) { EXPECT_TRUE(go.try_acquire_for(kTestTimeout)); });
+  EXPECT_THROW(queue.wait(Deadline::after(1ms)), CommError);
+  go.release();
+  queue.wait();
+  const auto records = recorded_operations(*segment, 0);
+  ASSERT_GE(records.size(), 1u);
+  EXPECT_EQ(records[0].group, "exposed");
+  EXPECT_EQ(records[0].name(), "wait");
+  EXPECT_EQ(records[0].call.generation, 7u);
+  EXPECT_EQ(records[0].state, OperationState::done);
+  EXPECT_GE(records[0].waited, 1ms);
+}
+
 TEST(CommQueueTest, AFailedCollectiveEndsTheQueue) {
   run_group(2, [](Group& group) {
     CommQueue queue(group);

@@ -85,7 +85,7 @@ bool OperationRecorder::end(std::int64_t now_ns, std::chrono::nanoseconds waited
   close_record(
       recorder_, serial_, now_ns,
       static_cast<std::uint64_t>(waited.count()) << kStateBits | static_cast<std::uint64_t>(state));
-  return std::exchange(serial_, 0) % (kRecordedOperations / 2) == 0;
+  return std::exchange(serial_, 0) % (kRecordedOperations / 2) < 2;
 }
 
 std::vector<RecordedOperation> recorded_operations(Segment& segment, int rank,

@@ -38,8 +38,9 @@ class OperationRecorder {
   std::string group() const;  // as RecordedOperation's
   void claim() { serial_ = claim_record(recorder_); }
   void begin(const CallWords& call, const Tag& tag, std::int64_t now_ns);
-  // Of the operation that is open; nothing if none is. True once in half a ring: what the caller
-  // wants to keep of the records must be read before another half ring has gone by.
+  // Of the operation that is open; nothing if none is. True in each half of a ring, twice, for one
+  // of them may be a queue's wait: what the caller wants to keep of the records must be read before
+  // another half ring has gone by.
   bool end(std::int64_t now_ns, std::chrono::nanoseconds waited, OperationState state);
 
  private:

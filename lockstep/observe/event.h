@@ -17,7 +17,9 @@
 //   solution: values: {...} (what a recipe found out, for the report)
 //   predictions: block, text (CSV lines of one block of rows; blocks count from 0 over all workers)
 //   rank: rank, seconds: {data, forward, backward, communication, waiting, optimizer, evaluation,
-//     other}, total_s, cpu_s, peak_memory_bytes (so far: at most one a second, and at the end)
+//     other}, total_s, cpu_s, peak_memory_bytes, queued?: {hidden, exposed} (gradients that
+//     travelled while the worker computed; that it waited for) (so far: at most one a second, and
+//     at the end)
 //   finished: reason, epochs, steps
 //   error: rank, kind: "config" | "run" | "comm", message
 // Of a worker that can go on in another generation (cluster/world.h):

@@ -196,7 +196,7 @@ std::string closing_tables(const RunRecord& run, double total_s) {
   if (!run.ranks.empty()) {
     rows = {{"rank"}};
     for (const char* phase : kPhases) rows[0].push_back(phase);
-    rows[0].insert(rows[0].end(), {"CPU", "memory"});
+    rows[0].insert(rows[0].end(), {"hidden", "CPU", "memory"});
     for (const auto& [rank, event] : run.ranks) {
       std::vector<std::string> row = {std::to_string(rank)};
       const auto percent = [&total = event.at("total_s")](double part) {
@@ -204,10 +204,13 @@ std::string closing_tables(const RunRecord& run, double total_s) {
       };
       for (const char* phase : kPhases)
         row.push_back(percent(event.at("seconds").value(phase, 0.0)));
+      const auto queued = event.find("queued");
+      row.push_back(queued == event.end() ? "" : percent(queued->at("hidden")));
       row.push_back(percent(event.at("cpu_s")));
       row.push_back(words_for_bytes(event.at("peak_memory_bytes")));
       rows.push_back(std::move(row));
     }
+    drop_empty_columns(rows);
     text += table_of(rows) + "\n";
   }
   text += fmt::format("{:.2f} s in all", total_s);
@@ -263,6 +266,9 @@ nlohmann::ordered_json report_of(const RunRecord& run, double total_s,
                                {"cpu_s", cpu},
                                {"cpu_use", per_second(cpu, total)},
                                {"peak_memory_bytes", Json(event.at("peak_memory_bytes"))}});
+    if (const auto queued = event.find("queued"); queued != event.end())
+      report["ranks"].back().update({{"hidden_s", queued->at("hidden").get<double>()},
+                                     {"exposed_s", queued->at("exposed").get<double>()}});
   }
   return report;
 }

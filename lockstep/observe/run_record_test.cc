@@ -137,6 +137,18 @@ TEST(RunRecord, ClosingTables) {
             "6.00 s in all, 0.75 s to the first step, 30,000 samples/s; stopped: 3 epochs\n");
 }
 
+TEST(RunRecord, WhatTravelledWhileARankComputed) {
+  RunRecord run = trained(1);
+  run.ranks[1]["queued"] = {{"hidden", 1.5}, {"exposed", 0.25}};
+  run.ranks[1]["total_s"] = 6.0;
+  EXPECT_THAT(closing_tables(run, 6.0), HasSubstr("other  hidden    CPU    memory\n"));
+  EXPECT_THAT(closing_tables(run, 6.0), HasSubstr(" %    25 %  "));
+  const auto ranks = report_of(run, 6.0, "").at("ranks");
+  EXPECT_FALSE(ranks[0].contains("hidden_s"));
+  EXPECT_EQ(ranks[1]["hidden_s"], 1.5);
+  EXPECT_EQ(ranks[1]["exposed_s"], 0.25);
+}
+
 TEST(RunRecord, ManyEpochsAreShortened) {
   const std::string text = closing_tables(trained(100), 6.0);
   EXPECT_THAT(text, HasSubstr("\n    4 "));

@@ -342,7 +342,8 @@ Replica::Replica(torch::nn::Module& module, const World& world, const DataParall
   state.direct->set_places(places);
   if (options.broadcast_buffers) state.broadcast.emplace(group, state.buffers);
   state.mine.used.assign(state.parameters.size(), false);
-  if (overlap) state.queue = std::make_unique<CommQueue>(group);
+  if (overlap)
+    state.queue = std::make_unique<CommQueue>(group, &world.segment()->recorder(world.seat()));
 }
 
 Replica::~Replica() = default;

@@ -316,6 +316,9 @@ std::span<const std::byte> SharedWeights::note() const { return state_->note(sta
 std::size_t SharedWeights::shared_bytes() const { return state_->memory.size(); }
 VirtualRange SharedWeights::run() const { return state_->run(); }
 void SharedWeights::restore_buffers() { state_->restore_buffers(); }
+CommQueue::Statistics SharedWeights::communication() const {
+  return state_->queue ? state_->queue->statistics() : CommQueue::Statistics{};
+}
 
 std::size_t SharedWeights::parameter_count() const {
   std::size_t count = 0;

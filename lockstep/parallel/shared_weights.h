@@ -30,6 +30,7 @@
 #include "lockstep/bridge/autocast.h"
 #include "lockstep/bridge/flat_parameters.h"
 #include "lockstep/cluster/world.h"
+#include "lockstep/collective/comm_queue.h"
 #include "lockstep/update/optimizer.h"
 #include "lockstep/update/step_record.h"
 
@@ -146,6 +147,8 @@ class SharedWeights {
   std::size_t parameter_count() const;  // without padding; frozen ones included
   std::size_t shared_bytes() const;     // one copy of weights, optimizer state, journals
   VirtualRange run() const;             // the virtual ranks that this rank computes
+  // What gradients took between nodes, and of that what decide() waited for, in this generation.
+  CommQueue::Statistics communication() const;
 
   // Every parameter, and every buffer as it was committed, by name as in the module. Valid as long
   // as this.

@@ -218,7 +218,7 @@ void SharedWeights::State::place_buckets() {
     nodes->buckets.push_back({parameters.total, spec.elements, 1});  // they are there at the end
   hooks.emplace(parts.trained,
                 BackwardHooks::Calls{.gradient = [this](std::size_t i) { stream(i); }});
-  queue.emplace(local());
+  queue.emplace(local(), &segment->recorder(world.seat()));
 }
 
 void SharedWeights::State::begin_reduction() {

@@ -164,6 +164,7 @@ class ReplicaTraining {
     if (options_.clip_grad_norm > 0)
       summary.gradient_norm = clip_grad_norm_(task_.module->parameters(), options_.clip_grad_norm);
     timer_.mark(Phase::backward);
+    if (replica_) timer_.queue(replica_->communication());
     faults_.at(Point::computed, static_cast<std::uint64_t>(step) + 1);
     summary.lr = learning_rate(schedule_, step);
     for (auto& group : optimizer_->param_groups()) group.options().set_lr(summary.lr);

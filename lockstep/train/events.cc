@@ -61,12 +61,16 @@ nlohmann::json rank_event(const World& world, const PhaseTimer& timer) {
   spent["other"] = std::max(0.0, total_s - known);
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  return {{"event", "rank"},
-          {"rank", world.rank()},
-          {"seconds", std::move(spent)},
-          {"total_s", total_s},
-          {"cpu_s", timer.total_cpu_seconds()},
-          {"peak_memory_bytes", std::int64_t{1024} * usage.ru_maxrss}};
+  nlohmann::json event = {{"event", "rank"},
+                          {"rank", world.rank()},
+                          {"seconds", std::move(spent)},
+                          {"total_s", total_s},
+                          {"cpu_s", timer.total_cpu_seconds()},
+                          {"peak_memory_bytes", std::int64_t{1024} * usage.ru_maxrss}};
+  if (const auto& [busy, exposed] = timer.queued(); busy > Clock::duration::zero())
+    event["queued"] = {{"hidden", seconds(std::max(busy - exposed, Clock::duration::zero()))},
+                       {"exposed", seconds(exposed)}};
+  return event;
 }
 
 nlohmann::json finished_event(const std::string& reason, std::int64_t epochs, std::int64_t steps) {

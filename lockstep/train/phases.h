@@ -6,6 +6,7 @@
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/cluster/world.h"
+#include "lockstep/collective/comm_queue.h"
 
 namespace lockstep {
 
@@ -33,8 +34,18 @@ class PhaseTimer {
     last_ = now;
     waited_ = waited;
   }
-  // The world has another group.
-  void enter_generation() { waited_ = world_.group().statistics().waiting; }
+  // What this generation's queue has been used for so far.
+  void queue(const CommQueue::Statistics& now) {
+    queued_.busy += now.busy - queue_.busy;
+    queued_.exposed += now.exposed - queue_.exposed;
+    queue_ = now;
+  }
+  const CommQueue::Statistics& queued() const { return queued_; }
+  // The world has another group, and there is another queue.
+  void enter_generation() {
+    waited_ = world_.group().statistics().waiting;
+    queue_ = {};
+  }
   double seconds_in(Phase phase) const { return seconds(spent_[static_cast<std::size_t>(phase)]); }
   double total_seconds() const { return seconds(Clock::now() - started_); }
   double total_cpu_seconds() const { return cpu_seconds() - cpu_at_start_; }
@@ -48,6 +59,7 @@ class PhaseTimer {
   std::array<Clock::duration, kPhaseNames.size()> spent_{};
   Clock::time_point last_;
   Clock::duration waited_;
+  CommQueue::Statistics queue_, queued_;  // of this generation; of all
 };
 
 }  // namespace lockstep

@@ -37,6 +37,7 @@ StepOutcome StepExecutor::decide(const Step& step, const Ledger::Epoch& order) {
                             error.what(), kept));
   }
   timer_.mark(Phase::communication);
+  timer_.queue(weights_.communication());
   return outcome;
 }
 
