@@ -4,7 +4,7 @@ Part 1: one of 2 workers is killed, steps of about 20 ms, again and again: secon
 the next committed step, and to the first one that the replaced worker took part in.
 Part 2: a random one of 4 workers is killed every 5 seconds; the throughput beside that of the same
 job undisturbed, in turns.
-Part 3 (as root: network namespaces): one of two nodes is killed and comes back, and takes 50 million
+Part 3 (as root: network namespaces): one of two nodes is killed, comes back and takes 50 million
 weights with the state of Adam from the other one.
 
   ./dev bench elastic [--kills 50] [--minutes 5] [--rounds 1] [--parts 1,2,3]"""

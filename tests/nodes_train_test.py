@@ -8,7 +8,7 @@ import subprocess
 import threading
 
 from elastic import Job
-from harness import LOCKSTEP, contains, equal, lockstep, main
+from harness import LOCKSTEP, contains, equal, lockstep, main, report_of
 from nodes import Nodes
 
 PORT = 29400
@@ -68,6 +68,22 @@ def test_the_bits_of_one_node(folder):
 def delays(first, last):
     return [word for step in range(first, last)
             for word in ("--inject", f"delay rank=0 step={step} seconds=150ms")]
+
+
+def test_gradients_in_fewer_bytes(folder):
+    job = Job(folder)
+    found = []
+    for _ in range(2):
+        with training(folder, job, 2, 2, "--workers", 1, "--set", "train.wire_format=int8",
+                      "--set", "train.max_steps=15") as (_, running):
+            out = [node.end() for node in running][0]
+        contains(out, "gradients travel between nodes as int8", "hidden")
+        report = report_of(job.output)
+        found.append(report["weights_sha256"])
+        for rank in report["ranks"]:
+            assert rank["exposed_s"] > 0 and rank["hidden_s"] >= 0, rank
+    equal(found[0], found[1], "the bits of two runs")
+    assert found[0] != job.whole["weights_sha256"], "nothing was rounded"
 
 
 def test_a_node_that_is_killed(folder):

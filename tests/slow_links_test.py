@@ -44,8 +44,6 @@ def test_a_worker_that_is_killed_ends_the_job(folder):
 
 def test_what_it_does_not_do_is_refused(folder):
     arguments = ["train", "gpt", "--workers", 2, "--output", f"{folder}/run"]
-    refused = lockstep(*arguments, "--set", "train.wire_format=int8", code=2)
-    contains(refused.err, "train.wire_format", "train.strategy")
     refused = lockstep(*arguments, "--set", "train.strategy=diloco", "--set", "train.accumulate=2",
                        code=2)
     contains(refused.err, "train.accumulate")

@@ -316,9 +316,6 @@ void Builder::check_model(const job::Recipe& recipe, bool classification) const 
 void Builder::check_strategy() const {
   const TrainSettings& train = job_.train;
   const bool replicas = train.strategy != "shared_weights";
-  require(replicas || train.wire_format == "fp32", "train.wire_format",
-          "weights that are shared are exact",
-          "train.strategy = \"data_parallel\", \"local_sgd\" or \"diloco\"");
   const auto without = [&](bool holds, std::string_view key, const std::string& hint) {
     require(!replicas || holds, key,
             fmt::format("train.strategy = \"{}\" cannot do it", train.strategy), hint);

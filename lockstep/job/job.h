@@ -78,7 +78,7 @@ struct TrainSettings {
   // shared_weights | data_parallel | local_sgd | diloco
   std::string strategy = "shared_weights";
   std::int64_t sync_every = 50;      // local_sgd, diloco
-  std::string wire_format = "fp32";  // all but shared_weights: fp32 | bf16 | int8
+  std::string wire_format = "fp32";  // fp32 | bf16 | int8
   std::uint64_t seed = 1;
   bool shuffle = true;
   double clip_grad_norm = 0.0;  // 0: off

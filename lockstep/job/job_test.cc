@@ -328,7 +328,6 @@ TEST(Job, KeysThatDoNotFitTogether) {
       {made + "schedule = {name = 'linear', min_lr = 1}", "schedule.min_lr: schedule.name = "},
       {"recipe = 'fashion-mnist'\ndataset.target = 'y'", "dataset.target: is for csv"},
       {"recipe = 'fashion-mnist'\nmodel.batch_norm = true", "is for the cnn"},
-      {"recipe = 'fashion-mnist'\ntrain.wire_format = 'int8'", "shared are exact"},
       {"recipe = 'fashion-mnist'\ntrain.strategy = 'diloco'\ntrain.accumulate = 2",
        "train.accumulate: train.strategy = \"diloco\" cannot do it"},
       {"recipe = 'fashion-mnist'\ntrain.strategy = 'local_sgd'\nworkers.count = 3\n"

@@ -170,7 +170,7 @@ const std::vector<Key>& schema() {
       {KEY(train.sync_every), between(1, 1e9),
        "local_sgd, diloco: steps from one meeting of the workers to the next"},
       {KEY(train.wire_format), one_of({"fp32", "bf16", "int8"}),
-       "data_parallel, local_sgd, diloco: the form in which gradients or changes travel"},
+       "the form in which gradients or changes travel; shared_weights: between nodes alone"},
       {KEY(train.seed), seed, "first weights, order of samples, dropout"},
       {KEY(train.shuffle), any(), "a new order of samples each epoch"},
       {KEY(train.clip_grad_norm), float_from_0(), "largest norm of the gradient; 0: no clipping"},

@@ -36,7 +36,7 @@ VirtualLoss step_of(SharedWeights& weights, torch::nn::Sequential& net, std::uin
   const at::Tensor x =
       (at::arange(20, at::kFloat).view({4, 5}) * float(step + 1) + float(part)).sin();
   const at::Tensor loss = (net->forward(x) - x.sum(1, true)).pow(2).sum();
-  if (step % 3 != 0) weights.last_backward();
+  if (step % 3 != 0) weights.last_backward(4.0);
   loss.backward();
   return {loss.item<double>(), 4.0};
 }
@@ -45,14 +45,17 @@ VirtualLoss step_of(SharedWeights& weights, torch::nn::Sequential& net, std::uin
 using Before = std::function<void(const World&, std::uint64_t step)>;
 
 struct Job : Generations {
-  explicit Job(int nodes) : Generations(1, 4, nodes) {}
+  explicit Job(int nodes, WireFormat format = WireFormat::fp32)
+      : Generations(1, 4, nodes), wire_format(format) {}
 
   void start_worker(Seat at, const std::string& inject = "", const Before& before = {}) {
     start(
         at,
         [this, at, before](const World& world) {
           torch::nn::Sequential net = make_net(at.node * 8 + at.seat);
-          elastic::Shared state(net, Adam({.lr = 0.01}), {.virtual_ranks = 4, .clip_grad_norm = 1});
+          elastic::Shared state(
+              net, Adam({.lr = 0.01}),
+              {.virtual_ranks = 4, .clip_grad_norm = 1, .wire_format = wire_format});
           try {
             const auto end = elastic::run(world, state, [&](auto& model) {
               note(world, model.weights().origin());
@@ -89,6 +92,7 @@ struct Job : Generations {
     if (origin.from_peer) ++peers;
   }
 
+  const WireFormat wire_format;
   std::mutex mutex;
   std::vector<std::vector<at::Tensor>> results;
   std::map<std::uint64_t, std::string> reasons;  // of rank 0, by generation
@@ -141,6 +145,28 @@ TEST(NodesElastic, ANodeDiesInAnyPhase) {
       expect_results(job, replaced ? 4 : 2);
       EXPECT_EQ(job.peers > 0, replaced);
     }
+}
+
+// What it was still to send is lost with it, and what the others were with the generation: less
+// than a step's rounding. All have the same weights, bit for bit.
+TEST(NodesElastic, ANodeDiesWhereGradientsAreRounded) {
+  for (const char* phase : kPhases) {
+    SCOPED_TRACE(phase);
+    Job job(3, WireFormat::int8);
+    for (const int seat : {0, 1}) job.start_worker({0, seat});
+    job.start_worker({1, 0}, fmt::format("throw rank=2 step=5 when={}", phase));
+    job.start_worker({2, 0});
+    job.say_nodes({{0, 1}, {0}}, true);
+    job.await_deaths(1);
+    job.say_nodes({{0, 1}, {}, {0}}, true);
+    job.join();
+    ASSERT_EQ(job.results.size(), 3u);
+    for (const auto& found : job.results)
+      for (std::size_t i = 0; i < found.size(); ++i)
+        EXPECT_TRUE(at::equal(found[i], job.results[0][i])) << "tensor " << i;
+    EXPECT_FALSE(at::equal(job.results[0][0], undisturbed()[0])) << "nothing was rounded";
+    EXPECT_GT(job.peers, 0);
+  }
 }
 
 // The node of rank 0 dies: its successor has the record, or can do without it.

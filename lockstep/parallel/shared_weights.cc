@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "lockstep/base/hash.h"
 #include "lockstep/bridge/dtypes.h"
@@ -16,6 +18,8 @@
 
 namespace lockstep {
 namespace {
+
+constexpr const char* kSumNotFinite = "the sum of all ranks' gradients and buffers is not finite";
 
 // Equal numbers, equal digest; a double holds it exactly.
 double digest_of(std::span<const OptimizerOptions> groups) {
@@ -100,11 +104,15 @@ void SharedWeights::State::accumulate(const Compute& compute) {
     if (nodes && &step == &plan.steps.back()) nodes->last_step = &step;
     const VirtualLoss loss = compute(step.virtual_rank);
     world.made_progress();
-    losses[static_cast<std::size_t>(step.virtual_rank)] = loss;
+    const double told =
+        std::exchange(losses[static_cast<std::size_t>(step.virtual_rank)], loss).weight;
     if (loss.weight > 0) keep_integers();
     if (nodes && nodes->streams) {
-      if (loss.weight == 0)
-        throw Error("shared_weights: a virtual rank without samples has no last_backward()");
+      if (loss.weight != told)
+        throw Error(
+            fmt::format("shared_weights: last_backward() was told a weight of {}, and it "
+                        "is {}",
+                        told, loss.weight));
       stream_rest();
       continue;
     }
@@ -156,8 +164,10 @@ void SharedWeights::State::check_numbers(const RankNumbers& ranks) {
         what = fmt::format("the loss of rank {} is {}", rank, loss);
   }
   for (std::size_t rank = 0; rank < magnitudes.size() && what.empty(); ++rank)
-    if (!std::isfinite(magnitudes[rank]))
+    if (std::isinf(magnitudes[rank]))
       what = fmt::format("the gradient or a buffer of rank {} is not finite", rank);
+  const auto is_nan = [](double one) { return std::isnan(one); };
+  if (what.empty() && std::ranges::any_of(magnitudes, is_nan)) what = kSumNotFinite;
   if (!what.empty()) throw NonFiniteError(last.step + 1, what);
 }
 
@@ -199,10 +209,12 @@ void SharedWeights::compute(const Compute& compute) {
   state_->accumulate(compute);
 }
 
-void SharedWeights::last_backward() {
-  if (!state_->nodes || state_->nodes->last_step == nullptr) return;
-  state_->nodes->streams = true;
-  state_->nodes->arrived.assign(state_->trained.size(), false);
+void SharedWeights::last_backward(double weight) {
+  State& s = *state_;
+  if (!s.nodes || s.nodes->last_step == nullptr || weight == 0) return;
+  s.losses[static_cast<std::size_t>(s.nodes->last_step->virtual_rank)].weight = weight;
+  s.nodes->streams = true;
+  s.nodes->arrived.assign(s.trained.size(), false);
 }
 
 void SharedWeights::contribute(double weight) {
@@ -238,6 +250,8 @@ StepOutcome SharedWeights::decide(bool measure) {
   s.shared->seal(s.world.local_rank(), next);
   s.faults.at(Point::sealed, next);
   if (s.nodes) s.finish_reduction();
+  if (s.nodes && !s.nodes->is_finite && std::isfinite(magnitude))
+    magnitude = std::numeric_limits<double>::quiet_NaN();
 
   // Every number stands at one rank and is zero at the others: adding them up is exact.
   std::vector<double> numbers(2 * s.losses.size() + 5 * ranks);
@@ -279,8 +293,7 @@ StepOutcome SharedWeights::decide(bool measure) {
     s.updater->measure(s.decided, s.contributions(), s.local_rank());
     s.local().barrier({.tag = "gradient norm"});
     const double squares = s.updater->squares();
-    if (!std::isfinite(squares))
-      throw NonFiniteError(next, "the sum of all ranks' gradients and buffers is not finite");
+    if (!std::isfinite(squares)) throw NonFiniteError(next, kSumNotFinite);
     clip(s.decided, squares, s.options.clip_grad_norm);
     outcome.gradient_norm = s.decided.gradient_norm;
   }

@@ -31,6 +31,7 @@
 #include "lockstep/bridge/flat_parameters.h"
 #include "lockstep/cluster/world.h"
 #include "lockstep/collective/comm_queue.h"
+#include "lockstep/collective/wire_kernels.h"
 #include "lockstep/update/optimizer.h"
 #include "lockstep/update/step_record.h"
 
@@ -50,6 +51,10 @@ struct SharedWeightsOptions {
   int virtual_ranks = 0;
   double clip_grad_norm = 0;  // of the mean gradient; 0: off
   Precision precision = Precision::fp32;
+  // In which gradients travel between nodes, with error feedback; inside a node nothing is rounded.
+  // Not fp32: all nodes' weights stay equal, bit for bit, but the result depends on which virtual
+  // ranks each node computes.
+  WireFormat wire_format = WireFormat::fp32;
   // Bytes that are kept with the weights, zeroed at first: the caller's, of no meaning here. A note
   // changes with every step, as the weights do; the log is written between steps, by local rank 0.
   std::size_t note_bytes = 0, log_bytes = 0;
@@ -124,9 +129,10 @@ class SharedWeights {
   // by. No samples: it does nothing and returns zero.
   using Compute = std::function<VirtualLoss(int virtual_rank)>;
   void compute(const Compute& compute);
-  // Within compute(), where a virtual rank's last backward() follows: across nodes its gradients
-  // travel while it runs. Without it they do when all of them are there.
-  void last_backward();
+  // Within compute(), where a virtual rank's last backward() follows, of the weight that compute()
+  // will return: across nodes its gradients travel while it runs. Without it they do when all of
+  // them are there.
+  void last_backward(double weight);
   // Where virtual ranks are ranks: the gradients that backward() has left, of a mean over `weight`.
   void contribute(double weight);
   // Collective. Everyone's contributions are complete; what the step does is fixed. Throws Error on

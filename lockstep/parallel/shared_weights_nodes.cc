@@ -5,8 +5,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <future>
 #include <numeric>
+#include <utility>
 
 #include "lockstep/base/hash.h"
 #include "lockstep/bridge/dtypes.h"
@@ -19,6 +21,7 @@ namespace {
 
 constexpr std::uint64_t kPieceElements = 1 << 20;           // that are added up, then exchanged
 constexpr std::size_t kPieceBytes = std::size_t{16} << 20;  // of weights on their way to a peer
+constexpr std::uint64_t kNoStep = ~std::uint64_t{0};
 constexpr CallOptions kWeights{.tag = "weights from a peer"};
 
 // Part i of [0, size), at whole cache lines where `unit` is a line's.
@@ -33,6 +36,17 @@ std::size_t first_rank(const World& world, int node) {
 }
 
 int carriers_of(const World& world) { return *std::ranges::min_element(world.local_sizes()); }
+
+// One plan for the sum of what these make.
+CombinePlan sum_of(const std::vector<CombinePlan>& plans) {
+  CombinePlan sum;
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    sum.steps.insert(sum.steps.end(), plans[i].steps.begin(), plans[i].steps.end());
+    if (i > 0) sum.steps.push_back({.kind = CombineStep::Kind::add});
+    sum.stack_depth = std::max(sum.stack_depth, plans[i].stack_depth + (i > 0 ? 1 : 0));
+  }
+  return sum;
+}
 
 }  // namespace
 
@@ -192,6 +206,11 @@ void SharedWeights::State::place_reduction() {
                                .local = std::move(summands),
                                .reduced = reduced,
                                .combined = {}});
+  if (options.wire_format != WireFormat::fp32) {  // of each node its sum travels
+    nodes->plans = {sum_of(nodes->plans)};
+    if (Group* const across = world.across_group())
+      nodes->wire = make_compressed_group({std::shared_ptr<void>(), across}, options.wire_format);
+  }
   if (world.across_group() != nullptr)
     nodes->combined.resize(nodes->plans.size() * kPieceElements * sizeof(float));
   place_buckets();
@@ -226,14 +245,37 @@ void SharedWeights::State::begin_reduction() {
   nodes->sent = 0;
   nodes->streams = false;
   nodes->last_step = nullptr;
+  nodes->is_finite = true;
+  // Else they are of a step that was given up.
+  if (std::exchange(nodes->errors_of, kNoStep) != last.step && nodes->wire)
+    nodes->wire->errors().clear();
   for (NodesReduction::Bucket& bucket : nodes->buckets) bucket.missing = bucket.parameters;
 }
 
 // In one order on every rank, as far as everything is there.
 void SharedWeights::State::send_ready() {
+  if (options.wire_format != WireFormat::fp32 && nodes->sent == 0 &&
+      nodes->buckets[0].missing == 0) {
+    double weight = 0;  // so far, `losses` are this rank's alone
+    for (const VirtualLoss& loss : losses) weight += loss.weight;
+    queue->submit([this, weight](Group&) { rescale_errors(weight); });
+  }
   while (nodes->sent < nodes->buckets.size() && nodes->buckets[nodes->sent].missing == 0)
     queue->submit(
         [this, &bucket = nodes->buckets[nodes->sent++]](Group&) { reduce_across(bucket); });
+}
+
+// On the queue's thread. An update divides by the step's weight.
+void SharedWeights::State::rescale_errors(double weight) {
+  for (Group* group : {&local(), world.across_group()})
+    if (group != nullptr)
+      group->all_reduce(std::as_writable_bytes(std::span(&weight, 1)), Dtype::float64,
+                        Reduction::sum, {.tag = "weight"});
+  if (!nodes->wire || weight == 0) return;
+  const double before = std::exchange(nodes->weight, weight);
+  if (before == weight || before == 0) return;
+  for (auto& [tag, errors] : nodes->wire->errors())
+    for (float& error : errors) error = static_cast<float>(error * (weight / before));
 }
 
 void SharedWeights::State::finish_reduction() {
@@ -242,6 +284,7 @@ void SharedWeights::State::finish_reduction() {
   queue->wait();
   nodes->sent = 0;
   nodes->last_step = nullptr;
+  nodes->errors_of = last.step + 1;
   if (world.across_group() != nullptr)
     nodes->reduced.complete(local_rank(), static_cast<std::size_t>(carriers_of(world)),
                             last.step + 1);
@@ -311,7 +354,16 @@ void SharedWeights::State::reduce_across(const NodesReduction::Bucket& bucket) {
                           .round_once = false,
                           .slot_bytes = spec.elements * sizeof(float)},
                          from, std::array{combined.subspan(i * result.size()).data()}, 0, count);
-    across->tree_all_reduce(combined, result, Dtype::float32, nodes->tree, {.tag = "gradients"});
+    if (!nodes->wire) {
+      across->tree_all_reduce(combined, result, Dtype::float32, nodes->tree, {.tag = "gradients"});
+    } else {  // buffers are no gradients: what they lose is not made up for by the next ones
+      Group& carriers = begin < parameters.total ? *nodes->wire : *across;
+      carriers.all_reduce(result, Dtype::float32, Reduction::sum,
+                          {.tag = fmt::format("gradients from {}", begin)});
+      // A sum that is finite may come to be no number in it.
+      nodes->is_finite &=
+          std::isfinite(max_magnitude(nodes->reduced.values().subspan(begin, count)));
+    }
     world.made_progress();
   }
 }

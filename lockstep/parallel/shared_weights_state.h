@@ -17,6 +17,7 @@
 #include "lockstep/cluster/fault_injector.h"
 #include "lockstep/collective/comm_queue.h"
 #include "lockstep/collective/reduce.h"
+#include "lockstep/collective/wire_format.h"
 #include "lockstep/memory/read_only.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/parallel/shared_weights.h"
@@ -39,7 +40,7 @@ struct Parts {
 struct RankNumbers {
   std::span<double> options;     // a digest of its optimizers' options
   std::span<double> integers;    // a digest of its buffers of other types; 0: it had no samples
-  std::span<double> magnitudes;  // of its contributions
+  std::span<double> magnitudes;  // of its contributions; NaN: what it has carried is not finite
   std::span<double> moves;       // whether it has seen that the next generation is due
   std::span<double> stops;       // whether it has been asked to stop
   explicit RankNumbers(std::span<double> all)
@@ -79,6 +80,13 @@ struct NodesReduction {
   const AccumulateStep* last_step = nullptr;
   bool streams = false;
   std::vector<bool> arrived = {};  // parameters, in it
+  // Gradients travel through it; none: as they are. What it loses is this carrier's to send in the
+  // next step: part of the mean gradient, whatever the steps' weights, and of no step that was not
+  // committed. It lives and ends with the generation.
+  std::unique_ptr<CompressedGroup> wire = {};
+  std::uint64_t errors_of = 0;  // the step that left wire's errors
+  double weight = 0;            // of that step
+  bool is_finite = true;        // what has come through wire in this step
 };
 
 inline void copy_bytes(std::span<std::byte> to, std::span<const std::byte> from) {
@@ -178,6 +186,7 @@ struct SharedWeights::State {
   void begin_reduction();
   void finish_reduction();
   void send_ready();
+  void rescale_errors(double weight);
   void merge(const AccumulateStep& step, std::uint64_t begin, std::uint64_t end);
   void stream(std::size_t parameter);
   void stream_rest();

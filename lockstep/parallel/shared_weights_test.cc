@@ -51,7 +51,7 @@ std::vector<at::Tensor> values_after(const World& world, const std::vector<Param
     weights.compute([&](int virtual_rank) -> VirtualLoss {
       if (step == 2 && virtual_rank == skipped_rank) return {};
       const at::Tensor loss = loss_of(net, step, virtual_rank);
-      if (step != 1) weights.last_backward();
+      if (step != 1) weights.last_backward(6.0);
       loss.backward();
       return {loss.item<double>(), 6.0};
     });

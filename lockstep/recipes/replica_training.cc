@@ -26,12 +26,6 @@ namespace {
 
 constexpr Clock::duration kProgressInterval = std::chrono::milliseconds(100);
 
-WireFormat wire_format_of(const std::string& name) {
-  for (const WireFormat format : {WireFormat::bf16, WireFormat::int8})
-    if (name == name_of(format)) return format;
-  return WireFormat::fp32;
-}
-
 std::vector<NamedTensor> snapshot_tensors(const Task& task, const TrainerOptions& options) {
   std::vector<NamedTensor> tensors = named_parameters(*task.module);
   for (const auto& more : {named_buffers(*task.module), options.extra_tensors})
@@ -67,7 +61,7 @@ class ReplicaTraining {
       throw ConfigError(
           fmt::format("{} workers for {} training samples", world.size(), train.size()),
           fmt::format("--workers {} or fewer", train.size()));
-    const WireFormat format = wire_format_of(job.train.wire_format);
+    const WireFormat format = options.wire_format;
     const int every = static_cast<int>(job.train.sync_every);
     if (job.train.strategy == "data_parallel")
       replica_.emplace(*task.module, world, DataParallelOptions{.wire_format = format});

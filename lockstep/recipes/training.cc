@@ -41,6 +41,12 @@ Schedule schedule_for(const Job& job, std::int64_t steps_per_epoch) {
   return schedule;
 }
 
+WireFormat wire_format_of(const std::string& name) {
+  for (const WireFormat format : {WireFormat::bf16, WireFormat::int8})
+    if (name == name_of(format)) return format;
+  return WireFormat::fp32;
+}
+
 TrainerOptions trainer_options(const Job& job, std::vector<NamedTensor> extra_tensors,
                                const CheckpointPlace& checkpoints) {
   return {
@@ -53,6 +59,7 @@ TrainerOptions trainer_options(const Job& job, std::vector<NamedTensor> extra_te
       .shuffle = job.train.shuffle,
       .clip_grad_norm = job.train.clip_grad_norm,
       .precision = job.train.precision == "bf16" ? Precision::bf16 : Precision::fp32,
+      .wire_format = wire_format_of(job.train.wire_format),
       .tolerance = job.train.tolerance,
       .tolerance_of_gradient_norm = job.train.tolerance_of == "gradient_norm",
       .patience = job.train.patience,

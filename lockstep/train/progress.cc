@@ -142,6 +142,7 @@ JobSettings settings_of(const TrainerOptions& options, const OptimizerOptions& o
   add("the digest of the partition", digest);
   add("clip_grad_norm", options.clip_grad_norm);
   add("precision", options.precision == Precision::bf16 ? "bf16" : "fp32");
+  add("wire_format", name_of(options.wire_format));
   add("the kind of optimizer", static_cast<int>(optimizer.kind));
   add("lr", optimizer.lr);
   add("momentum", optimizer.momentum);

@@ -35,6 +35,7 @@ SharedWeights make_weights(const World& world, const TrainerOptions& options, co
   return SharedWeights(*task.module, world, optimizer,
                        {.virtual_ranks = options.virtual_ranks,
                         .clip_grad_norm = options.clip_grad_norm,
+                        .wire_format = options.wire_format,
                         .note_bytes = sizeof(StepNote),
                         .log_bytes = epoch_log_bytes(epochs),
                         .kept = kept},
@@ -115,7 +116,15 @@ void Run::take_up() {
 }
 
 std::optional<FitReport> Run::go() {
-  if (world_.rank() == 0) world_.events().emit(ready());
+  if (world_.rank() == 0) {
+    world_.events().emit(ready());
+    if (options_.wire_format != WireFormat::fp32 && world_.generation() == 0)
+      world_.events().emit(
+          {{"event", "message"},
+           {"text", fmt::format("gradients travel between nodes as {}: what a run comes to depends "
+                                "on its nodes, and one that is resumed has bits of its own",
+                                name_of(options_.wire_format))}});
+  }
   task_.module->train();
   std::string reason;
   if (progress_.step_of_epoch == 0 && !progress_.epochs.empty())

@@ -66,17 +66,14 @@ VirtualLoss StepExecutor::compute(const Step& step, const Ledger::Epoch& order, 
                        static_cast<std::uint64_t>(virtual_rank)}));
   for (std::uint64_t piece = 0; piece < pieces; ++piece) {
     const PositionRange part = even_part(range.size(), pieces, piece);
-    const VirtualLoss loss =
-        compute_piece(step, order, {range.begin + part.begin, range.begin + part.end},
-                      /*last=*/piece + 1 == pieces);
-    sum.sum += loss.sum;
-    sum.weight += loss.weight;
+    compute_piece(step, order, {range.begin + part.begin, range.begin + part.end},
+                  /*last=*/piece + 1 == pieces, sum);
   }
   return sum;
 }
 
-VirtualLoss StepExecutor::compute_piece(const Step& step, const Ledger::Epoch& order,
-                                        PositionRange range, bool last) {
+void StepExecutor::compute_piece(const Step& step, const Ledger::Epoch& order, PositionRange range,
+                                 bool last, VirtualLoss& sum) {
   indices_.clear();
   for (std::uint64_t position = range.begin; position < range.end; ++position)
     indices_.push_back(order.index(position));
@@ -86,12 +83,12 @@ VirtualLoss StepExecutor::compute_piece(const Step& step, const Ledger::Epoch& o
     const Autocast autocast(options_.precision);
     return task_.loss(task_.forward(batch.input), batch.target);
   }();
-  const double loss_sum = loss.sum.item<double>();
+  sum.sum += loss.sum.item<double>();
+  sum.weight += loss.weight;
   timer_.mark(Phase::forward);
-  if (last && loss.weight > 0) weights_.last_backward();
+  if (last) weights_.last_backward(sum.weight);
   loss.sum.backward();
   timer_.mark(Phase::backward);
-  return {loss_sum, loss.weight};
 }
 
 }  // namespace lockstep

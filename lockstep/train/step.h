@@ -32,8 +32,8 @@ class StepExecutor {
   std::uint64_t pieces(const Step& step) const;
   VirtualLoss compute(const Step& step, const Ledger::Epoch& order, int virtual_rank,
                       std::uint64_t pieces);
-  VirtualLoss compute_piece(const Step& step, const Ledger::Epoch& order, PositionRange range,
-                            bool last);
+  void compute_piece(const Step& step, const Ledger::Epoch& order, PositionRange range, bool last,
+                     VirtualLoss& sum);
 
   const Task& task_;
   SharedWeights& weights_;

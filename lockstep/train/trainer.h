@@ -21,6 +21,7 @@
 #include "lockstep/bridge/autocast.h"
 #include "lockstep/bridge/flat_parameters.h"
 #include "lockstep/cluster/world.h"
+#include "lockstep/collective/wire_kernels.h"
 #include "lockstep/data/partition.h"
 #include "lockstep/train/map_batches.h"
 #include "lockstep/train/task.h"
@@ -77,9 +78,10 @@ struct TrainerOptions {
   // Which of the training samples go together. (Not `= {}`: GCC 12 then warns, falsely, where
   // options are given in braces.)
   Partition partition = Partition();
-  double clip_grad_norm = 0.0;            // 0: off
-  Precision precision = Precision::fp32;  // of training's forward passes; the rest is fp32
-  std::optional<Schedule> schedule = {};  // of the learning rate, which is the optimizer's
+  double clip_grad_norm = 0.0;                // 0: off
+  Precision precision = Precision::fp32;      // of training's forward passes; the rest is fp32
+  WireFormat wire_format = WireFormat::fp32;  // of gradients between nodes (shared_weights.h)
+  std::optional<Schedule> schedule = {};      // of the learning rate, which is the optimizer's
   // Stop when the loss (or the gradient norm) of an epoch differs less than this from the epoch's
   // before; 0: off.
   double tolerance = 0.0;
