@@ -17,7 +17,6 @@ namespace lockstep {
 namespace {
 
 using nlohmann::json;
-using nlohmann::ordered_json;
 
 constexpr int kMostNodes = 256;         // the whole report is one control message
 constexpr double kLargestSkew_s = 0.1;  // beyond it logs and traces of nodes don't fit together
@@ -35,35 +34,11 @@ struct Node {
   std::string host, engine, address;  // "": no engine to measure with
   Traits traits;
   std::vector<Finding> findings;
-  ClockSkew skew;
+  double clock_skew_s = 0, clock_skew_uncertainty_s = 0;
 };
 
-ordered_json json_of(const Node& node) {
-  ordered_json findings = ordered_json::array();
-  for (const Finding& one : node.findings) findings.push_back(json_of(one));
-  return {{"host", node.host},
-          {"engine", node.engine},
-          {"address", node.address},
-          {"traits", node.traits},
-          {"clock_skew_s", node.skew.seconds},
-          {"clock_skew_uncertainty_s", node.skew.uncertainty_s},
-          {"findings", findings}};
-}
-
-Node node_from(const json& text) {
-  try {
-    Node node{.host = text.at("host"),
-              .engine = text.at("engine"),
-              .address = text.at("address"),
-              .traits = text.at("traits").get<Traits>(),
-              .findings = {},
-              .skew = {text.at("clock_skew_s"), text.at("clock_skew_uncertainty_s")}};
-    for (const json& one : text.at("findings")) node.findings.push_back(finding_from(one));
-    return node;
-  } catch (const json::exception&) {
-    throw Error("a node sent a report that is none");
-  }
-}
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Node, host, engine, address, traits, clock_skew_s,
+                                   clock_skew_uncertainty_s, findings)
 
 struct Report {
   std::vector<Node> nodes;
@@ -109,19 +84,19 @@ std::unique_ptr<Endpoint> choose_engine(const DoctorFlags& flags, const Endpoint
 
 std::vector<Finding> compare(const std::vector<Node>& nodes) {
   std::vector<Traits> traits;
-  const ClockSkew* largest = &nodes[0].skew;
-  std::size_t whose = 0;
+  std::size_t whose = 0;  // the largest skew
   for (const Node& node : nodes) {
     traits.push_back(node.traits);
-    if (std::abs(node.skew.seconds) <= std::abs(largest->seconds)) continue;
-    largest = &node.skew;
-    whose = traits.size() - 1;
+    if (std::abs(node.clock_skew_s) > std::abs(nodes[whose].clock_skew_s))
+      whose = traits.size() - 1;
   }
+  const double skew_s = nodes[whose].clock_skew_s;
+  const double uncertainty_s = nodes[whose].clock_skew_uncertainty_s;
   std::vector<Finding> findings = differences(traits);
-  const bool far = std::abs(largest->seconds) - largest->uncertainty_s > kLargestSkew_s;
+  const bool far = std::abs(skew_s) - uncertainty_s > kLargestSkew_s;
   findings.push_back({far ? Verdict::warning : Verdict::ok, "clock skew",
-                      fmt::format("at most {:.3g} ms (± {:.2g}), node {}'s", largest->seconds * 1e3,
-                                  largest->uncertainty_s * 1e3, whose),
+                      fmt::format("at most {:.3g} ms (± {:.2g}), node {}'s", skew_s * 1e3,
+                                  uncertainty_s * 1e3, whose),
                       far ? "chrony or another NTP client on every node; results don't depend on "
                             "it, logs do"
                           : ""});
@@ -152,7 +127,9 @@ Report examine_nodes(const DoctorFlags& flags, const NodePlace& place, Node node
        .address = own == 0 ? flags.control.address : place.options.coordinator->endpoint,
        .key = key,
        .patience = std::chrono::seconds(flags.timeout)});
-  node.skew = meeting.clock_skew();
+  const ClockSkew skew = meeting.clock_skew();
+  node.clock_skew_s = skew.seconds;
+  node.clock_skew_uncertainty_s = skew.uncertainty_s;
   const std::unique_ptr<Endpoint> endpoint = choose_engine(
       flags,
       {.interface = flags.nodes.interface, .towards = place.host, .key = key.client.secret_key},
@@ -160,8 +137,8 @@ Report examine_nodes(const DoctorFlags& flags, const NodePlace& place, Node node
   Report report;
   std::vector<std::string> addresses;
   bool same = true;
-  for (const json& one : meeting.gather(json_of(node))) {
-    report.nodes.push_back(node_from(one));
+  for (const json& one : meeting.gather(node)) {
+    report.nodes.push_back(received<Node>(one));
     addresses.push_back(report.nodes.back().address);
     same =
         same && !addresses.back().empty() && report.nodes.back().engine == report.nodes[0].engine;
@@ -172,10 +149,8 @@ Report examine_nodes(const DoctorFlags& flags, const NodePlace& place, Node node
                                "see each node's engine"});
     return report;
   }
-  ordered_json mine = ordered_json::array();
-  for (const Link& link : measure(*endpoint, addresses, own)) mine.push_back(json_of(link));
   std::vector<std::vector<Link>> links;
-  for (const json& one : meeting.gather(mine)) {
+  for (const json& one : meeting.gather(measure(*endpoint, addresses, own))) {
     links.emplace_back();
     for (const json& link : one) links.back().push_back(link_from(link, count));
   }
@@ -188,14 +163,10 @@ Report examine_nodes(const DoctorFlags& flags, const NodePlace& place, Node node
 void show(const Report& report, bool as_json) {
   const int count = static_cast<int>(report.nodes.size());
   if (as_json) {
-    ordered_json nodes = ordered_json::array(), links = nodes, findings = nodes;
-    for (const Node& node : report.nodes) nodes.push_back(json_of(node));
-    for (const Link& link : report.links) links.push_back(json_of(link));
-    for (const Finding& one : report.findings) findings.push_back(json_of(one));
-    print(ordered_json{{"worst", name_of(worst_of(report))},
-                       {"nodes", nodes},
-                       {"links", links},
-                       {"findings", findings}}
+    print(json{{"worst", worst_of(report)},
+               {"nodes", report.nodes},
+               {"links", report.links},
+               {"findings", report.findings}}
               .dump(2) +
           "\n");
     return;
@@ -248,8 +219,7 @@ int doctor_command(const std::vector<std::string>& arguments, const Start&) {
             .engine = {},
             .address = {},
             .traits = traits_of(facts),
-            .findings = findings_of(facts),
-            .skew = {}};
+            .findings = findings_of(facts)};
   const Report report =
       place ? examine_nodes(flags, *place, std::move(node)) : Report{{std::move(node)}, {}, {}};
   if (!place || place->options.rank == 0) show(report, flags.json);

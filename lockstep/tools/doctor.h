@@ -5,11 +5,12 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
-#include <nlohmann/json_fwd.hpp>
+#include <nlohmann/json.hpp>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "lockstep/base/error.h"
 #include "lockstep/cluster/environment.h"
 #include "lockstep/memory/available_memory.h"
 #include "lockstep/transport/transport.h"
@@ -17,6 +18,9 @@
 namespace lockstep {
 
 enum class Verdict : std::uint8_t { ok, warning, error };
+NLOHMANN_JSON_SERIALIZE_ENUM(Verdict, {{Verdict::error, "error"},  // and what is none
+                                       {Verdict::warning, "warning"},
+                                       {Verdict::ok, "ok"}})
 std::string_view name_of(Verdict verdict);
 
 struct Finding {
@@ -25,6 +29,17 @@ struct Finding {
   std::string hint = {};  // what to do about it; "" where all is well
   bool operator==(const Finding&) const = default;
 };
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Finding, verdict, subject, text, hint)
+
+// What another node sent. Throws Error: it is none.
+template <typename T>
+T received(const nlohmann::json& json) {
+  try {
+    return json.get<T>();
+  } catch (const nlohmann::json::exception&) {
+    throw Error("a node sent a report that is none");
+  }
+}
 
 struct NetworkInterface {
   std::string name, address;  // IPv4
@@ -65,8 +80,6 @@ Traits traits_of(const Facts& facts);
 // What differs, named with the nodes of each kind. `traits`: by node.
 std::vector<Finding> differences(std::span<const Traits> traits);
 
-nlohmann::ordered_json json_of(const Finding& finding);
-Finding finding_from(const nlohmann::json& json);        // throws Error: it is none
 std::string text_of(std::span<const Finding> findings);  // a line each, hints below
 
 }  // namespace lockstep

@@ -190,23 +190,6 @@ std::vector<Finding> differences(std::span<const Traits> traits) {
   return findings;
 }
 
-nlohmann::ordered_json json_of(const Finding& finding) {
-  return {{"verdict", name_of(finding.verdict)},
-          {"subject", finding.subject},
-          {"text", finding.text},
-          {"hint", finding.hint}};
-}
-
-Finding finding_from(const nlohmann::json& json) {
-  try {
-    for (const Verdict verdict : {Verdict::ok, Verdict::warning, Verdict::error})
-      if (json.at("verdict") == name_of(verdict))
-        return {verdict, json.at("subject"), json.at("text"), json.at("hint")};
-  } catch (const nlohmann::json::exception&) {
-  }
-  throw Error("a node sent a finding that is none");
-}
-
 std::string text_of(std::span<const Finding> findings) {
   std::string text;
   for (const Finding& one : findings) {

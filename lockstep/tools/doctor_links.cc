@@ -147,26 +147,9 @@ std::string cell(double value) {
 
 }  // namespace
 
-nlohmann::ordered_json json_of(const Link& link) {
-  return {{"from", link.from},
-          {"to", link.to},
-          {"latency_s", link.latency_s},
-          {"there_bytes_per_s", link.there_bytes_per_s},
-          {"back_bytes_per_s", link.back_bytes_per_s},
-          {"failure", link.failure}};
-}
-
 Link link_from(const nlohmann::json& json, int nodes) {
-  try {
-    const Link link{json.at("from"),
-                    json.at("to"),
-                    json.at("latency_s"),
-                    json.at("there_bytes_per_s"),
-                    json.at("back_bytes_per_s"),
-                    json.at("failure")};
-    if (link.from >= 0 && link.from < link.to && link.to < nodes) return link;
-  } catch (const nlohmann::json::exception&) {
-  }
+  auto link = received<Link>(json);
+  if (link.from >= 0 && link.from < link.to && link.to < nodes) return link;
   throw Error("a node sent a link that is none");
 }
 

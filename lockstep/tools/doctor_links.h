@@ -3,7 +3,6 @@
 #pragma once
 
 #include <memory>
-#include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <string>
 #include <utility>
@@ -22,7 +21,8 @@ struct Link {
   double there_bytes_per_s = 0, back_bytes_per_s = 0;
   std::string failure = {};
 };
-nlohmann::ordered_json json_of(const Link& link);
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Link, from, to, latency_s, there_bytes_per_s, back_bytes_per_s,
+                                   failure)
 Link link_from(const nlohmann::json& json, int nodes);  // throws Error: it is none
 
 // Who measures with whom, at the same time in a round: each pair once, nobody twice in a round.

@@ -145,11 +145,11 @@ TEST(DoctorTest, FactsAreReadBelowAFolder) {
 
 TEST(DoctorTest, AFindingsJsonIsReadBackAndAnotherRefused) {
   const Finding wrong{Verdict::error, "memory", "none", "buy some"};
-  const Finding back = finding_from(nlohmann::json(json_of(wrong)));
+  const Finding back = received<Finding>(nlohmann::json(wrong));
   EXPECT_EQ(text_of({&back, 1}), text_of({&wrong, 1}));
   for (const char* text : {"{}", "[]", R"({"verdict": "fine"})", R"({"verdict": "ok"})",
                            R"({"verdict": "ok", "subject": 1, "text": "", "hint": ""})"})
-    EXPECT_THROW(finding_from(nlohmann::json::parse(text)), Error) << text;
+    EXPECT_THROW(received<Finding>(nlohmann::json::parse(text)), Error) << text;
 }
 
 }  // namespace
