@@ -8,12 +8,12 @@
 
 #include <array>
 #include <cerrno>
-#include <charconv>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>
 
 #include "lockstep/base/error.h"
+#include "lockstep/base/numbers.h"
 #include "lockstep/cluster/control.h"
 #include "lockstep/cluster/control_message.h"
 #include "lockstep/cluster/control_socket.h"
@@ -30,19 +30,16 @@ sockaddr_in resolve(const std::string& address) {
   const std::size_t colon = address.find(':');
   const std::string name = address.substr(0, colon);
   const std::string port = colon == std::string::npos ? "0" : address.substr(colon + 1);
-  std::uint16_t number = 0;
-  const char* const end = port.data() + port.size();
-  const auto [stop, wrong] = std::from_chars(port.data(), end, number);
+  const auto number = whole_number(port, 0, 65535);
   addrinfo hints{}, *found = nullptr;
   hints.ai_family = AF_INET;
-  if (name.empty() || wrong != std::errc() || stop != end ||
-      ::getaddrinfo(name.c_str(), nullptr, &hints, &found) != 0)
+  if (name.empty() || !number || ::getaddrinfo(name.c_str(), nullptr, &hints, &found) != 0)
     throw ConfigError(fmt::format("control address {} is none", address),
                       "an IPv4 address or name of this machine, ADDR or ADDR:PORT");
   sockaddr_in result{};
   std::memcpy(&result, found->ai_addr, sizeof result);
   ::freeaddrinfo(found);
-  result.sin_port = htons(number);
+  result.sin_port = htons(static_cast<std::uint16_t>(*number));
   return result;
 }
 

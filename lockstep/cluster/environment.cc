@@ -6,6 +6,7 @@
 #include <charconv>
 
 #include "lockstep/base/error.h"
+#include "lockstep/base/numbers.h"
 
 namespace lockstep {
 namespace {
@@ -31,13 +32,9 @@ Integer number(const Environment& environment, std::string_view name, Integer lo
   if (text == nullptr)
     throw ConfigError(fmt::format("environment: {} is set but {} is not", partner, name),
                       fmt::format("set {} too, or unset {}", name, partner));
-  Integer value{};
-  const char* end = text->data() + text->size();
-  const auto [stop, error] = std::from_chars(text->data(), end, value);
-  if (error != std::errc() || stop != end || value < lowest || value > highest)
-    throw ConfigError(fmt::format("environment: {}={} is not a whole number from {} to {}", name,
-                                  *text, lowest, highest));
-  return value;
+  if (const auto value = whole_number(*text, lowest, highest)) return *value;
+  throw ConfigError(fmt::format("environment: {}={} is not a whole number from {} to {}", name,
+                                *text, lowest, highest));
 }
 
 // The four variables that say a process's place, by their names under one launcher.

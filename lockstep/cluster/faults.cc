@@ -12,6 +12,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/base/hash.h"
+#include "lockstep/base/numbers.h"
 #include "lockstep/job/nearest.h"
 
 namespace lockstep {
@@ -103,13 +104,9 @@ class Line {
   }
   template <typename Integer>
   Integer integer(const std::string& key, Integer least, Integer most) const {
-    const std::string& text = values_.at(key);
-    Integer value{};
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
-      fail(fmt::format("{} is not a whole number from {} to {}", key, least, most),
-           fmt::format("{}={}", key, least));
-    return value;
+    if (const auto value = whole_number(values_.at(key), least, most)) return *value;
+    fail(fmt::format("{} is not a whole number from {} to {}", key, least, most),
+         fmt::format("{}={}", key, least));
   }
   double seconds(const std::string& key) const {
     const std::string& text = values_.at(key);

@@ -1,6 +1,5 @@
 #include "lockstep/cluster/spawn.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -12,12 +11,14 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
+#include <climits>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/base/error.h"
+#include "lockstep/base/numbers.h"
 
 namespace lockstep {
 namespace {
@@ -61,8 +62,8 @@ struct ChildPlan {
 }
 
 // The parent's id from /proc/PID/stat: "PID (NAME) STATE PPID …", where NAME may hold anything.
-int parent_of(const char* pid) {
-  std::ifstream file(std::string("/proc/") + pid + "/stat");
+int parent_of(const std::string& pid) {
+  std::ifstream file("/proc/" + pid + "/stat");
   std::string text;
   std::getline(file, text, '\0');
   const std::size_t name_end = text.rfind(')');
@@ -147,16 +148,12 @@ std::vector<int> child_processes() {
   if (::waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) != 0) return {};  // ECHILD
   std::vector<int> children;
   const int self = ::getpid();
-  DIR* proc = ::opendir("/proc");
-  if (proc == nullptr) return {};
-  while (const dirent* entry = ::readdir(proc)) {
-    int pid = 0;
-    const char* end = entry->d_name + ::strlen(entry->d_name);
-    const auto [stop, error] = std::from_chars(entry->d_name, end, pid);
-    if (error == std::errc() && stop == end && parent_of(entry->d_name) == self)
-      children.push_back(pid);
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc", ignored)) {
+    const std::string name = entry.path().filename();
+    if (const auto pid = whole_number(name, 1, INT_MAX); pid && parent_of(name) == self)
+      children.push_back(*pid);
   }
-  ::closedir(proc);
   return children;
 }
 

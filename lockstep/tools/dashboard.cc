@@ -11,7 +11,6 @@
 
 #include <array>
 #include <atomic>
-#include <charconv>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <semaphore>
@@ -20,6 +19,7 @@
 #include "lockstep/base/deadline.h"
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
+#include "lockstep/base/numbers.h"
 
 namespace lockstep {
 namespace {
@@ -131,10 +131,7 @@ struct Snapshot {
 };
 
 int port_of(const std::string& text, const std::string& flag) {
-  int port = -1;
-  const char* end = text.data() + text.size();
-  const auto [rest, error] = std::from_chars(text.data(), end, port);
-  if (error == std::errc() && rest == end && port >= 0 && port <= 65535) return port;
+  if (const auto port = whole_number(text, 0, 65535)) return *port;
   const std::string hint = "a port of 127.0.0.1, for example 8080; 0 takes a free one";
   if (text.find_first_of(".:") != std::string::npos)
     throw ConfigError(

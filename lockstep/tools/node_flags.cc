@@ -8,12 +8,12 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <cstring>
 
 #include "lockstep/base/bytes.h"
 #include "lockstep/base/hash.h"
 #include "lockstep/base/instruction_sets.h"
+#include "lockstep/base/numbers.h"
 #include "lockstep/tools/commands.h"
 #include "lockstep/transport/transport.h"
 
@@ -24,11 +24,8 @@ constexpr int kPort = 29400, kSlurmPorts = 1000;  // torchrun's
 constexpr int kMostNodes = 4096;
 
 int number_in(const std::string& text, int least, int most, const char* what) {
-  int value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
-    throw ConfigError(fmt::format("{} {} is not a number from {} to {}", what, text, least, most));
-  return value;
+  if (const auto value = whole_number(text, least, most)) return *value;
+  throw ConfigError(fmt::format("{} {} is not a number from {} to {}", what, text, least, most));
 }
 
 // The first of "node[01-04,07],other".

@@ -6,11 +6,11 @@
 
 #include <array>
 #include <cerrno>
-#include <charconv>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
 
+#include "lockstep/base/numbers.h"
 #include "lockstep/cluster/agent.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/tools/commands.h"
@@ -123,13 +123,10 @@ int worker_count(const std::string& text) {
   if (text == "gpu" || text == "xpu")
     throw ConfigError(fmt::format("--nproc-per-node {}: no GPU in this version", text),
                       "a number, or auto or cpu for one worker a core");
-  int count = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
-  if (error != std::errc() || end != text.data() + text.size() || count < 1 || count > kMaxSeats)
-    throw ConfigError(
-        fmt::format("--nproc-per-node {} is not a number from 1 to {}", text, kMaxSeats),
-        "a number, or auto or cpu for one worker a core");
-  return count;
+  if (const auto count = whole_number(text, 1, kMaxSeats)) return *count;
+  throw ConfigError(
+      fmt::format("--nproc-per-node {} is not a number from 1 to {}", text, kMaxSeats),
+      "a number, or auto or cpu for one worker a core");
 }
 
 void refuse_what_is_missing(const RunFlags& flags) {

@@ -4,11 +4,11 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-#include <charconv>
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
 #include "lockstep/base/file.h"
+#include "lockstep/base/numbers.h"
 #include "lockstep/job/job.h"
 #include "lockstep/job/schema.h"
 #include "lockstep/observe/event.h"
@@ -96,12 +96,8 @@ std::vector<Override> overrides_of(const TrainFlags& flags) {
   };
   const auto [least, most] = split_range(flags.workers);
   const auto times = [](const std::string& count, int nodes) {
-    int value = 0;
-    const auto [end, error] = std::from_chars(count.data(), count.data() + count.size(), value);
-    return error != std::errc() || end != count.data() + count.size() || value < 1 ||
-                   value > 1 << 20
-               ? count
-               : std::to_string(value * nodes);
+    const auto value = whole_number(count, 1, 1 << 20);
+    return value ? std::to_string(*value * nodes) : count;
   };
   const int nodes = flags.place ? flags.place->options.most : 1;
   const int least_nodes = flags.place ? flags.place->options.least : 1;
