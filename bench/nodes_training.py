@@ -69,7 +69,7 @@ class Runs:
             "--steps", steps, *DDP_WAYS[way]])
 
     def step_ms(self, way, batch):
-        return 1e3 / self.lockstep(way, batch, STEPS)["steps_per_s"]
+        return 1e3 * self.lockstep(way, batch, STEPS)["step_s"]
 
 
 def balanced_batch(runs):
@@ -98,10 +98,9 @@ def overlap_rows(runs, batch, rounds):
 
 
 def slow_link_rows(runs, batch, rounds):
-    tried = {way: runs.ddp(way, batch, STEPS_OF_DDP)["steps_per_s"] for way in DDP_WAYS}
-    best = max(tried, key=tried.get)
-    print("DDP, steps/s: " + ", ".join(f"{way} {rate:.2f}" for way, rate in tried.items()),
-          flush=True)
+    tried = {way: 1e3 * runs.ddp(way, batch, STEPS_OF_DDP)["step_s"] for way in DDP_WAYS}
+    best = min(tried, key=tried.get)
+    print("DDP: " + ", ".join(f"{way} {ms:.1f} ms" for way, ms in tried.items()), flush=True)
     found = []
     for number in range(rounds):
         found.append({
@@ -109,15 +108,16 @@ def slow_link_rows(runs, batch, rounds):
             "int8": runs.lockstep("int8", batch, STEPS),
             "diloco": runs.lockstep("diloco-int8", batch, STEPS_OF_DILOCO)})
         print(f"{runs.name}, round {number + 1} of {rounds}: " + ", ".join(
-            f"{way} {one['steps_per_s']:.2f} steps/s" for way, one in found[-1].items()),
+            f"{way} {1e3 * one['step_s']:.1f} ms, {one['samples_per_s']:.1f} samples/s" for way, one in found[-1].items()),
             flush=True)
 
-    def rates(key):
-        return [{way: one[key] for way, one in of_round.items()} for of_round in found]
+    def rates(value):
+        return [{way: value(one) for way, one in of_round.items()} for of_round in found]
 
-    return [row("100 Mbit/s: int8", rates("steps_per_s"), "int8", "ddp", "steps/s", INT8),
-            row("100 Mbit/s: DiLoCo", rates("samples_per_s"), "diloco", "ddp", "samples/s",
-                DILOCO)]
+    return [row("100 Mbit/s: int8", rates(lambda one: 1 / one["step_s"]), "int8", "ddp", "steps/s",
+                INT8),
+            row("100 Mbit/s: DiLoCo", rates(lambda one: one["samples_per_s"]), "diloco", "ddp",
+                "samples/s", DILOCO)]
 
 
 def loss_rows(runs, batch, steps):

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import time
 
@@ -112,11 +113,11 @@ def main():
     blocks, held_out = text_blocks()
     own = options.batch // options.ranks
     per_epoch = len(blocks) // options.batch
-    started = time.perf_counter()
+    took = []
     for step in range(options.steps):
         if step == SETTLING_STEPS:
             dist.barrier()
-            started = time.perf_counter()
+        started = time.perf_counter()
         order = Permutation(len(blocks), mix(SEED, step // per_epoch))
         first = step % per_epoch * options.batch + options.rank * own
         batch = blocks[[order(place) for place in range(first, first + own)]]
@@ -125,19 +126,18 @@ def main():
         loss_of(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
         optimizer.step()
-    seconds = torch.tensor(time.perf_counter() - started)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    seconds = seconds.item()
+        if step >= SETTLING_STEPS:
+            took.append(time.perf_counter() - started)
+    slowest = torch.tensor([sum(took), statistics.median(took)])
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
     with torch.no_grad():
         mine = held_out[options.rank::options.ranks]
         total = torch.stack([loss_of(net, part, "sum") for part in mine.split(64)]).sum().double()
         dist.all_reduce(total)
     if options.rank == 0:
-        steps = options.steps - SETTLING_STEPS
-        print(json.dumps({"steps_per_s": steps / seconds,
-                          "samples_per_s": steps * options.batch / seconds,
-                          "test_loss": total.item() / held_out[:, 1:].numel(),
-                          "parameters": sum(p.numel() for p in net.parameters())}), flush=True)
+        print(json.dumps({"step_s": slowest[1].item(),
+                          "samples_per_s": len(took) * options.batch / slowest[0].item(),
+                          "test_loss": total.item() / held_out[:, 1:].numel()}), flush=True)
     dist.barrier()
     os._exit(0)  # Gloo's threads abort a process that ends while its peer closes connections
 
