@@ -1,8 +1,10 @@
 // Where a worker's time goes, as the report shows it. One thread.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <string_view>
+#include <utility>
 
 #include "lockstep/base/deadline.h"
 #include "lockstep/cluster/world.h"
@@ -28,11 +30,15 @@ class PhaseTimer {
   void mark(Phase phase) {
     world_.made_progress();
     const Clock::time_point now = Clock::now();
-    const Clock::duration waited = world_.group().statistics().waiting;
-    spent(phase) += now - last_ - (waited - waited_);
-    spent(Phase::waiting) += waited - waited_;
+    // Between nodes a queue's thread may be in the group while this one computes.
+    Clock::duration waited{};
+    if (phase >= Phase::communication || world_.local_sizes().size() == 1) {
+      const Clock::duration all = world_.group().statistics().waiting;
+      waited = std::min(all - std::exchange(waited_, all), now - last_);
+    }
+    spent(phase) += now - last_ - waited;
+    spent(Phase::waiting) += waited;
     last_ = now;
-    waited_ = waited;
   }
   // What this generation's queue has been used for so far.
   void queue(const CommQueue::Statistics& now) {
