@@ -74,7 +74,7 @@ class LinkedTransport : public Transport {
 
  private:
   static constexpr auto kLooks = std::chrono::milliseconds(5);  // of who never waits
-  static constexpr auto kLinger = std::chrono::milliseconds(500);
+  static constexpr auto kLinger = std::chrono::seconds(2);
 
   const int rank_;
   const std::vector<LinkAddress> addresses_;
