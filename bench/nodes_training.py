@@ -108,7 +108,8 @@ def slow_link_rows(runs, batch, rounds):
             "int8": runs.lockstep("int8", batch, STEPS),
             "diloco": runs.lockstep("diloco-int8", batch, STEPS_OF_DILOCO)})
         print(f"{runs.name}, round {number + 1} of {rounds}: " + ", ".join(
-            f"{way} {1e3 * one['step_s']:.1f} ms, {one['samples_per_s']:.1f} samples/s" for way, one in found[-1].items()),
+            f"{way} {1e3 * one['step_s']:.1f} ms, {one['samples_per_s']:.1f} samples/s"
+            for way, one in found[-1].items()),
             flush=True)
 
     def rates(value):
