@@ -47,7 +47,7 @@ class ControlServer {
   // Throws ConfigError: the address is none, not of this machine, taken, or not loopback and there
   // is no key. Throws Error: the system's.
   explicit ControlServer(const ControlServerOptions& options);
-  ~ControlServer();  // waits up to 100 ms for replies under way
+  ~ControlServer();  // waits up to 500 ms for replies under way
 
   const ControlKey& key() const;
   // "tcp://127.0.0.1:40123", for clients on this node: loopback where it listens everywhere.

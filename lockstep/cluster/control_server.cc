@@ -21,7 +21,7 @@
 namespace lockstep {
 namespace {
 
-constexpr int kLingerMs = 100;
+constexpr int kLingerMs = 500;
 constexpr int kBacklog = 16;
 constexpr const char* kAuthentication = "inproc://zeromq.zap.01";  // ZeroMQ's name (RFC 27)
 constexpr const char* kDomain = "lockstep";

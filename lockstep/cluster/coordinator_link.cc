@@ -191,7 +191,9 @@ void CoordinatorLink::check_patience(Clock::time_point now) {
   if (!heard_ || silent < kSilence || !probe_.expired(now)) return;
   probe_ = Deadline::at(now + kSilence);
   refused_ = nobody_listens(address_) ? refused_ + 1 : 0;
-  if (refused_ >= kRefused)
+  if (refused_ < kRefused) return;
+  left_taken_ = left_id_ > 0;  // it has ended without this node, which had no more to say
+  if (!left_taken_)
     throw CommError(
         fmt::format("node 0 has ended: nobody listens at {} any more", target_.endpoint));
 }

@@ -35,7 +35,7 @@ class CoordinatorLink {
   void finished() { finished_ = changed_ = true; }  // all workers have ended well, as no members
   // The newest report; sent now, and again until the next. `left`: the last one.
   void report(const NodeReport& report, Clock::time_point now, bool left = false);
-  bool left() const { return left_taken_; }  // and the coordinator knows
+  bool left() const { return left_taken_; }  // and the coordinator knows, or is no more
 
   struct News {
     std::optional<NodeWelcome> welcome;
