@@ -22,6 +22,7 @@
 #include "lockstep/base/error.h"
 #include "lockstep/base/file.h"
 #include "lockstep/collective/kernels.h"
+#include "lockstep/collective/nccl_group.h"
 #include "lockstep/memory/segment.h"
 #include "lockstep/tools/doctor.h"
 #include "lockstep/transport/interface.h"
@@ -197,6 +198,7 @@ Facts read_facts(const fs::path& root, const Environment& environment,
   facts.gpus = names_in(root / "proc/driver/nvidia/gpus", "");
   for (const Engine engine : {Engine::ucx, Engine::mpi, Engine::zmq})
     facts.engines.emplace(name_of(engine), unavailable(engine));
+  facts.engines.emplace("nccl", nccl_unavailable());
   for (const char* name : kCodeChoices)
     if (const auto found = environment.find(name); found != environment.end())
       facts.code_choices.insert(*found);

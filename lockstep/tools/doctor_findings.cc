@@ -92,11 +92,12 @@ Finding about_clock(const Facts& facts) {
 }
 
 void about_engines(const Facts& facts, std::vector<Finding>& findings) {
-  const bool none = std::none_of(facts.engines.begin(), facts.engines.end(), [](const auto& one) {
-    return one.first != "mpi" && one.second.empty();
+  const auto spans_nodes = [](const std::string& name) { return name == "ucx" || name == "zmq"; };
+  const bool none = std::none_of(facts.engines.begin(), facts.engines.end(), [&](const auto& one) {
+    return spans_nodes(one.first) && one.second.empty();
   });
   for (const auto& [name, why] : facts.engines)
-    findings.push_back(unless(none && name != "mpi", Verdict::warning, name.c_str(),
+    findings.push_back(unless(none && spans_nodes(name), Verdict::warning, name.c_str(),
                               why.empty() ? "found" : "not to be had: " + why,
                               "without ucx and zmq a job stays on one node"));
   findings.push_back(
