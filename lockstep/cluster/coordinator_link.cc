@@ -12,6 +12,7 @@
 
 #include "lockstep/base/error.h"
 #include "lockstep/cluster/control_message.h"
+#include "lockstep/cluster/json_reading.h"
 #include "lockstep/cluster/membership_wire.h"
 
 namespace lockstep {
@@ -177,7 +178,7 @@ void CoordinatorLink::take(const ControlReply& reply, News& news) {
   if (assignment == said.end()) return;
   news.assignment = assignment_from(*assignment);
   news.stop |= said.value("stop", json()) == true;
-  news.struck = said.at("struck").get<std::vector<std::string>>();
+  news.struck = read_json<std::vector<std::string>>(said.value("struck", json()));
   const std::uint64_t taken = whole_in(said, "events");
   for (; first_event_ < taken && !events_.empty(); ++first_event_) events_.pop_front();
   left_taken_ |= left_id_ > 0 && reply.id >= left_id_;

@@ -44,6 +44,7 @@ struct World::State {
   std::map<std::string, std::span<std::byte>> lasting;
   int next_kept = 0;
 
+  int seat() const { return place.seat >= 0 ? place.seat : place.local_rank; }
   bool enter_next(bool failed);
   bool enter(const Generation& generation);
   void make_groups(const std::vector<std::string>& addresses);
@@ -74,9 +75,7 @@ std::shared_ptr<Segment> World::segment() const {
   return state_->segment;
 }
 
-int World::seat() const {
-  return state_->place.seat >= 0 ? state_->place.seat : state_->place.local_rank;
-}
+int World::seat() const { return state_->seat(); }
 
 void World::declare_elastic() const {
   if (state_->place.seat < 0 || std::exchange(state_->is_elastic, true)) return;
@@ -222,8 +221,7 @@ void World::State::make_groups(const std::vector<std::string>& addresses) {
   };
   options.local_ranks = place.local_size;
   // Who looks for workers that hang sees them wait there.
-  if (segment)
-    options.recorder = &segment->recorder(place.seat >= 0 ? place.seat : place.local_rank);
+  if (segment) options.recorder = &segment->recorder(seat());
   options.on_choice = [this](const std::string& choice) {
     if (place.rank != 0) return;
     if (place.event_fd >= 0)
@@ -370,9 +368,8 @@ World init_from(const Place& place, const InitOptions& options) {
   if (!place.trace.empty()) {
     // A group of one leaves no records: traced, it is one of several that happens to be alone.
     if (!state->segment) state->segment = Segment::create({.seats = 1});
-    const auto trace = std::make_shared<RankTrace>(
-        state->segment, place.seat >= 0 ? place.seat : place.local_rank, place.trace,
-        /*merges=*/place.event_fd < 0);
+    const auto trace = std::make_shared<RankTrace>(state->segment, state->seat(), place.trace,
+                                                   /*merges=*/place.event_fd < 0);
     group.on_records = [trace] { trace->copy_records(); };
   }
   group.exact = options.exact;

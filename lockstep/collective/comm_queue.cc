@@ -83,13 +83,10 @@ void CommQueue::wait(Deadline deadline) {
 
 // Once it is over: until then a rank's last operation is the queue's.
 void CommQueue::record_wait(Clock::time_point since, Clock::time_point now) {
-  const auto ns = [](Clock::time_point time) {
-    return std::chrono::nanoseconds(time.time_since_epoch()).count();
-  };
   recorder_->claim();
   recorder_->begin(pack({.operation = Operation::wait, .generation = group_.generation()}), {},
-                   ns(since));
-  recorder_->end(ns(now), now - since, OperationState::done);
+                   nanoseconds_of(since));
+  recorder_->end(nanoseconds_of(now), now - since, OperationState::done);
 }
 
 CommQueue::Statistics CommQueue::statistics() const {
